@@ -1,0 +1,23 @@
+"""truekv: quantized KV caches that stay true to the model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from truekv.core.errors import Corrupted, DoesNotFit, Refused, TrueKVError
+    from truekv.core.options import EngineOptions, SamplingParams
+    from truekv.serve.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Corrupted", "DoesNotFit", "EngineOptions", "Refused", "SamplingParams", "TrueKVError"]
+
+_HOME = {"LLM": "truekv.serve.llm", "EngineOptions": "truekv.core.options", "SamplingParams": "truekv.core.options"}
+
+
+def __getattr__(name: str) -> object:
+    """Import public names on first use, so that `import truekv` costs nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module 'truekv' has no attribute '{name}'")
+    return getattr(import_module(_HOME.get(name, "truekv.core.errors")), name)

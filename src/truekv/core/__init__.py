@@ -1,0 +1,1 @@
+"""What: the nouns and the seams of the house. Nothing here computes, allocates or decides."""

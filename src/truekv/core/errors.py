@@ -1,0 +1,25 @@
+"""Every way the engine says no: one sentence that names what, where and what to use instead."""
+
+
+class TrueKVError(Exception):
+    """Base of every error raised on purpose; its text is meant for the user as it is."""
+
+    exit_code = 1
+
+
+class Refused(TrueKVError):
+    """Input or a combination that cannot be run as asked; raised before anything is allocated."""
+
+    exit_code = 2
+
+
+class DoesNotFit(Refused):
+    """A plan whose needs exceed the memory it was given."""
+
+    exit_code = 1
+
+
+class Corrupted(TrueKVError):
+    """A number that cannot be trusted, caught before it became a token."""
+
+    exit_code = 2

@@ -1,0 +1,185 @@
+"""The seams: a new file behind one of these needs no edit anywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from collections.abc import Sequence as Seq
+
+    from truekv.core.batch import Step
+    from truekv.core.config import Config
+    from truekv.core.lazy import torch
+    from truekv.core.spec import Field, ModelSpec, Recurrent
+
+
+@runtime_checkable
+class CacheFormat(Protocol):
+    """A pure codec with a declared bound: |decode(encode(x)) - x| <= bound(x) for any finite row.
+
+    A row is encoded once and never re-encoded. Bytes are laid out as planes (codes first, then
+    scales), because a page keeps all codes of a head together and all scales after them.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name users type."""
+        ...
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code, scales not counted."""
+        ...
+
+    @property
+    def rotated(self) -> bool:
+        """Whether rows pass through the random-sign Hadamard rotation of their frame."""
+        ...
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it may only run with a frame measured on the model."""
+        ...
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether encode(decode(code)) == code for every code that encode can make."""
+        ...
+
+    def planes(self, dim: int) -> tuple[int, ...]:
+        """Bytes of one row in each plane: the only place where bytes are computed."""
+        ...
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Encode float32 [..., dim] as uint8 [..., sum(planes(dim))]; non-finite rows raise Corrupted."""
+        ...
+
+    def decode(self, data: torch.Tensor, dim: int) -> torch.Tensor:
+        """Decode uint8 [..., sum(planes(dim))] to float32 [..., dim]."""
+        ...
+
+    def bound(self, rows: torch.Tensor) -> torch.Tensor:
+        """Largest absolute error of each element or row: broadcastable to rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One field of one layer as it lies in memory, for kernels to read and write.
+
+    `data` is the layer's uint8 tensor [pages, page_bytes]. Inside a page, from `start`, each head
+    holds its planes one after the other, each plane `page_tokens` rows long.
+    """
+
+    field: Field
+    format: CacheFormat
+    data: torch.Tensor
+    start: int
+    page_tokens: int
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head of this field in one page."""
+        return self.page_tokens * sum(self.format.planes(self.field.dim))
+
+
+class PagedMemory(Protocol):
+    """What an attention layer sees of memory: one verb, and no bytes."""
+
+    def attend(
+        self, queries: tuple[torch.Tensor, ...], rows: tuple[torch.Tensor, ...], scale: float, step: Step
+    ) -> torch.Tensor:
+        """Store this step's rows, then attend causally to every stored row, these included.
+
+        `rows`: one [T, heads, dim] per field, in the order of the spec. `queries`: one
+        [T, query_heads, dim] per field of role "key" or "both", rotary applied. The score is
+        scale * sum over those fields of q . k. Returns [T, query_heads, dim of the value field].
+        """
+        ...
+
+
+class StateMemory(Protocol):
+    """What a recurrent layer sees of memory: one verb, and no slots."""
+
+    def scan(self, inputs: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], step: Step) -> torch.Tensor:
+        """Carry the state through the step's tokens and return the rule's output, [T, ...].
+
+        `inputs`: the tensors of the layer's `Recurrent.log`, [T, *shape] each. `weights`: what the
+        rule needs besides (conv taps, decay). Output and arguments are the rule's: see
+        kernels/reference/<rule>.py.
+        """
+        ...
+
+
+LayerMemory = PagedMemory | StateMemory | None
+
+
+class Model(Protocol):
+    """Tokens and memory in, numbers out. Holds weights and nothing else."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What this model is."""
+        ...
+
+    def forward(self, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
+        """Return the last residual [T, hidden_size], before the final norm."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the final norm and the output head: [N, hidden_size] -> float32 [N, vocab_size]."""
+        ...
+
+
+class Architecture(Protocol):
+    """A checkpoint's config, understood: made by a Family before any weight is read."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is and what its layers remember."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every tensor that `build` consumes."""
+        ...
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Regular expressions (full match) of tensors a checkpoint may hold and text inference does not use."""
+        ...
+
+    def build(self, weights: Mapping[str, torch.Tensor]) -> Model:
+        """Compose the model; `weights` holds exactly `tensors`, in the compute dtype."""
+        ...
+
+
+class Family(Protocol):
+    """One file of models/families: `FAMILY: Final[Family]`."""
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The values of config.json's model_type that it answers to."""
+        ...
+
+    def read(self, config: Config) -> Architecture:
+        """Understand a config, refusing every field that is not implemented and not neutral. No torch."""
+        ...
+
+
+class ScanKernel(Protocol):
+    """One recurrent rule: folds the replayed and the certain tokens into the state, logs the drafts."""
+
+    def __call__(
+        self,
+        layer: Recurrent,
+        inputs: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+        state: Mapping[str, torch.Tensor],
+        log: Mapping[str, torch.Tensor],
+        step: Step,
+    ) -> torch.Tensor:
+        """`state`: [slots, *shape] and `log`: [slots, drafts, *shape] tensors, updated in place."""
+        ...

@@ -1,0 +1,1 @@
+"""When: in which order tokens enter the model and become real."""

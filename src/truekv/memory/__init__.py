@@ -1,0 +1,1 @@
+"""Where: whatever outlives a step lives here, as pages of rows and slots of state."""

@@ -1,0 +1,1 @@
+"""Who: the networks. They know weights and shapes, never bits, pages or requests."""

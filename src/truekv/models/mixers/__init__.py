@@ -1,0 +1,1 @@
+"""Token mixers: the part of a layer that remembers."""

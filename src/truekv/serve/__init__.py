@@ -1,0 +1,1 @@
+"""For whom: the doors people use. Assembly happens only here."""

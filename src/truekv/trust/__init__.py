@@ -1,0 +1,1 @@
+"""Whether: verdicts on combinations, and the measurements behind them."""
