@@ -1,0 +1,1 @@
+"""The five failures, executed: what the naive method does, and what truekv does instead."""
