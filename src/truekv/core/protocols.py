@@ -169,6 +169,14 @@ class Family(Protocol):
         ...
 
 
+class Proposer(Protocol):
+    """Guesses the next tokens. It cannot see memory, so it can be wrong but never harmful."""
+
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        """Guess up to `limit` tokens that continue `tokens`."""
+        ...
+
+
 class ScanKernel(Protocol):
     """One recurrent rule: folds the replayed and the certain tokens into the state, logs the drafts."""
 

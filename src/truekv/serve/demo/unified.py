@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-class PagesDoNotUnify(Exception):  # noqa: N818 (it is what the peers' start-up says)
+class PagesDoNotUnify(Exception):
     """The start-up failure: one layer's page does not divide the common page."""
 
 
