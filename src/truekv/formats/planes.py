@@ -1,0 +1,66 @@
+"""What every codec does with bytes: refuse non-finite rows, view numbers as bytes, sum in a fixed order."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from truekv.core.errors import Corrupted, Refused
+from truekv.core.lazy import torch
+
+HALF_MAX: Final = 65504.0
+"""Largest finite fp16 number."""
+HALF_STEP: Final = 2.0**-24
+"""Distance between subnormal fp16 numbers: no scale is stored more finely."""
+
+
+def finite(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows as float32, or raise Corrupted if any of them is NaN or infinite."""
+    if not bool(torch.isfinite(rows).all()):
+        # A NaN that enters the cache comes back as fluent nonsense many tokens later.
+        bad = int((~torch.isfinite(rows)).any(-1).sum())
+        raise Corrupted(
+            f"{bad} of {rows.shape[:-1].numel()} cache rows hold NaN or infinity before encoding; "
+            "nothing was stored: check the weights and the compute dtype"
+        )
+    return rows.float()
+
+
+def multiple(name: str, dim: int, of: int) -> None:
+    """Refuse a row length that the layout of format `name` cannot hold."""
+    if dim < 16 or dim % of:
+        raise Refused(
+            f"format '{name}' stores rows of at least 16 numbers, a multiple of {of}, "
+            f"but this field has {dim}: use bf16 for it"
+        )
+
+
+def as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """View [..., n] numbers of any dtype as uint8 [..., n * itemsize], little endian."""
+    return values.contiguous().view(torch.uint8)
+
+
+def as_numbers(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """View uint8 [..., n * itemsize] as numbers [..., n], whatever the alignment of the rows."""
+    # A slice of a row starts at an offset that a wider dtype cannot view, so it is copied first.
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def half_down(values: torch.Tensor) -> torch.Tensor:
+    """Round non-negative float32 to the fp16 at or below it; numbers beyond fp16 give its largest."""
+    near = values.clamp(max=HALF_MAX).half()
+    bits = near.view(torch.int16)
+    # Non-negative fp16 numbers are ordered as their bit patterns: one less is the next below.
+    return torch.where(near.float() > values, bits - 1, bits).view(torch.float16)
+
+
+def row_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum [..., n] over the last axis to [..., 1] by a fixed binary tree.
+
+    Element-wise additions only: the result of a row does not depend on the other rows of the batch,
+    which a library's reduction does not promise.
+    """
+    while (width := values.shape[-1]) > 1:
+        half = (width + 1) // 2
+        low, high = values[..., :half], values[..., half:]
+        values = torch.cat((low[..., : width - half] + high, low[..., width - half :]), -1)
+    return values
