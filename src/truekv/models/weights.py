@@ -1,0 +1,234 @@
+"""A checkpoint on disk: found, understood and checked before a byte of it is allocated, then loaded."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from truekv.core.config import Config
+from truekv.core.errors import Corrupted, Refused
+from truekv.core.folder import members
+from truekv.core.lazy import torch
+from truekv.models.headers import MAX_CONFIG_BYTES, TensorHeader, listed, quoted, read_headers, read_json, some
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from truekv.core.protocols import Architecture, Family, Model
+
+# Weights that a forward pass can use as they are: converted to the compute dtype, never dequantized.
+_LOADABLE: Final = ("F64", "F32", "F16", "BF16")
+_METADATA_FILES: Final = ["*.json", "*.jinja"]
+_QUANTIZED: Final = ("quantization_config", "compression_config")
+# Enough 256-byte samples per file to tell a fine-tune from its base, few enough to cost nothing.
+_SAMPLES: Final = 64
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory in Hugging Face form. Opening one reads JSON and headers, and needs no torch."""
+
+    directory: Path
+    config: Config
+    architecture: Architecture
+    headers: Mapping[str, TensorHeader]
+    """Every tensor that the files hold; empty when there are no weights (yet)."""
+
+    @classmethod
+    def open(cls, model: str, *, weights: bool = True) -> Checkpoint:
+        """Open a directory, or a hub id, which is downloaded (JSON, chat template, safetensors; never code).
+
+        With `weights=False` nothing but JSON is fetched and missing shards do not matter: enough to
+        plan. Raises Refused for what cannot be found or is not implemented, Corrupted for damaged files.
+        """
+        directory = _locate(model, weights=weights)
+        if not (directory / "config.json").exists():
+            raise Refused(f"{directory} holds no config.json; name a model directory in Hugging Face form")
+        if (directory / "hf_quant_config.json").exists():
+            raise Refused(f"{directory} holds hf_quant_config.json: {_UNQUANTIZED}")
+        config = Config(read_json(directory / "config.json", MAX_CONFIG_BYTES), str(directory / "config.json"))
+        return cls(directory, config, understand(config), read_headers(directory, partial=not weights))
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """How many numbers the model loads."""
+        return sum(math.prod(shape) for shape in self.architecture.tensors.values())
+
+    @functools.cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors that are loaded: as stored, or two per number when there are no files to ask."""
+        if not self.headers:
+            return 2 * self.parameters
+        used = (self.headers[name] for name in self.architecture.tensors if name in self.headers)
+        return sum(header.end - header.start for header in used)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What identifies the model: a hash of config, header table and samples of the weights.
+
+        Names, shapes and dtypes alone cannot tell a fine-tune from its base, whose measured frames
+        differ; 64 samples per file can, and take milliseconds.
+        """
+        table = [(name, item.dtype, item.shape) for name, item in sorted(self.headers.items())]
+        seen = hashlib.sha256(json.dumps([self.config.values, table], sort_keys=True).encode())
+        for file in sorted({item.file for item in self.headers.values()}):
+            with (self.directory / file).open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                for index in range(_SAMPLES):
+                    stream.seek(size * index // _SAMPLES)
+                    seen.update(stream.read(256))
+        return seen.hexdigest()
+
+    def check(self) -> None:
+        """Refuse, before anything is allocated, files that do not hold exactly what the model needs."""
+        if not self.headers:
+            other = sorted(path.name for path in self.directory.glob("*") if path.suffix in {".bin", ".pt", ".pth"})
+            hint = f"{listed(other)} cannot be used: only safetensors are read" if other else "download them"
+            raise Refused(f"{self.directory} holds no model.safetensors and no index of shards; {hint}")
+        faults = self._faults()
+        if faults:
+            family = self.architecture.spec.family
+            raise Refused(f"{self.directory} does not hold the weights of a {family} model: {'; '.join(faults)}")
+
+    def _faults(self) -> list[str]:
+        needed = self.architecture.tensors
+        ignored = _any_of(self.architecture.ignored)
+        missing = [name for name in needed if name not in self.headers]
+        unexpected = [name for name in self.headers if name not in needed and not ignored.fullmatch(name)]
+        there = [(name, tuple(shape), self.headers[name]) for name, shape in needed.items() if name in self.headers]
+        shapes = [
+            f"{quoted(name)} has shape {list(item.shape)} instead of {list(shape)}"
+            for name, shape, item in there
+            if item.shape != shape
+        ]
+        dtypes = [
+            f"{quoted(name)} is stored as {item.dtype}, not as a float of 16 bits or more"
+            for name, _, item in there
+            if item.dtype not in _LOADABLE
+        ]
+        faults = [
+            f"{listed(names)} {what}" for names, what in ((missing, "missing"), (unexpected, "unexpected")) if names
+        ]
+        return faults + [some(wrong) for wrong in (shapes, dtypes) if wrong]
+
+    def load(self, dtype: torch.dtype) -> Model:
+        """Check, read and convert every weight, and build the model.
+
+        Parameters that the architecture lists in `float32` (regular expressions, full match) keep
+        that precision. Raises Corrupted for a weight that is NaN or infinite.
+        """
+        self.check()
+        patterns: tuple[str, ...] = getattr(self.architecture, "float32", ())
+        exact = _any_of(patterns)
+        weights: dict[str, torch.Tensor] = {}
+        for name, stored in _tensors(self.directory, {name: self.headers[name] for name in self.architecture.tensors}):
+            # A copy even when the dtype is right: a mapped file that shrinks later would kill the process.
+            tensor = stored.to(torch.float32 if exact.fullmatch(name) else dtype, copy=True)
+            if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+                raise Corrupted(f"{self.directory}: weight {quoted(name)} holds NaN or infinity; download it again")
+            weights[name] = tensor
+        return self.architecture.build(weights)
+
+
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Compile patterns into one; none of them match nothing."""
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or r"(?!)")
+
+
+def understand(config: Config) -> Architecture:
+    """Find the family that answers to the config's model_type and let it read the config. No torch."""
+    nested = [cast("dict[str, object]", item) for item in config.values.values() if isinstance(item, dict)]
+    for section in (config.values, *nested):
+        for name in _QUANTIZED:
+            if section.get(name):
+                _refuse_quantized(config.where, name, section[name])
+    families = {
+        model_type: family
+        for family in cast("dict[str, Family]", members("truekv.models.families", "FAMILY")).values()
+        for model_type in family.model_types
+    }
+    model_type = config.string("model_type")
+    if model_type not in families:
+        near = difflib.get_close_matches(model_type, families, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        known = ", ".join(sorted(families))
+        raise Refused(f"{config.where}: model_type {quoted(model_type)} is not implemented; {hint}truekv runs {known}")
+    return families[model_type].read(config)
+
+
+_UNQUANTIZED: Final = "quantized weights are not implemented; use the model's unquantized (bf16) checkpoint"
+
+
+def _refuse_quantized(where: str, name: str, value: object) -> None:
+    fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    # compressed-tensors and ModelOpt put weights in config_groups; without them only the cache is quantized.
+    if fields.get("kv_cache_scheme") and not fields.get("config_groups"):
+        raise Refused(
+            f"{where}: '{name}' asks for a KV cache with scales stored in the checkpoint, which is not implemented; "
+            "use the checkpoint that it was made from, with --kv-cache-dtype int8, which needs none"
+        )
+    raise Refused(f"{where}: '{name}' is set, but {_UNQUANTIZED}")
+
+
+def _locate(model: str, *, weights: bool) -> Path:
+    """Return the directory of a model, downloading it when the name is a hub id."""
+    path = os.path.expanduser(model)  # noqa: PTH111 (unlike Path.is_dir, os.path never raises on odd names)
+    if os.path.isdir(path):  # noqa: PTH112 (likewise)
+        return Path(path)
+    if os.path.exists(path):  # noqa: PTH110 (likewise)
+        raise Refused(f"{path} is a file; name the model directory that holds config.json and safetensors")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise Refused(f"{quoted(model)} is neither a directory nor a hub id of the form organisation/model")
+    return _download(model, _METADATA_FILES + ["*.safetensors"] * weights)
+
+
+def _download(model: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        # Files in sub-directories and Mistral's consolidated copies are second versions of the same weights.
+        skipped = ["*/*", "consolidated*"]
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=skipped))
+    except GatedRepoError:
+        reason = "its owner asks for consent: accept the terms on its page, then run 'hf auth login'"
+    except RepositoryNotFoundError:
+        reason = "the hub knows no such model, or it is private: check the name, or run 'hf auth login'"
+    except Exception as error:  # noqa: BLE001 (the hub client's transport errors share no base class)
+        first = next(iter(str(error).splitlines()), "")
+        reason = f"the hub could not be reached or did not answer ({first or type(error).__name__})"
+    raise Refused(f"{quoted(model)} is not a directory here, and cannot be downloaded: {reason}")
+
+
+def _tensors(directory: Path, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor in the order of the files; a bar appears when this takes over two seconds."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from safetensors import SafetensorError, safe_open
+
+    files: dict[str, list[str]] = {}
+    for name, item in sorted(headers.items(), key=lambda pair: (pair[1].file, pair[1].start)):
+        files.setdefault(item.file, []).append(name)
+    console = Console(stderr=True)
+    began, done, total = time.monotonic(), 0, sum(item.end - item.start for item in headers.values())
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading weights", total=total, visible=False)
+        for file, names in files.items():
+            try:
+                opened: Any = safe_open(directory / file, framework="pt")
+                with opened as source:
+                    for name in names:
+                        yield name, source.get_tensor(name)
+                        done += headers[name].end - headers[name].start
+                        bar.update(task, completed=done, visible=time.monotonic() - began > 2)
+            except (SafetensorError, OSError) as error:
+                raise Corrupted(f"{directory / file} cannot be read any more ({error}); download it again") from None
