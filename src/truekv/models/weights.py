@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from truekv.core.config import Config
 from truekv.core.errors import Corrupted, Refused
@@ -120,8 +120,18 @@ class Checkpoint:
         ]
         return faults + [some(wrong) for wrong in (shapes, dtypes) if wrong]
 
-    def load(self, dtype: torch.dtype) -> Model:
-        """Check, read and convert every weight, and build the model.
+    def compute_dtype(self, asked: str = "auto") -> Literal["float32", "bfloat16"]:
+        """Resolve the dtype a model computes in: auto is the checkpoint's, and float32 for float16 ones."""
+        match asked:
+            case "auto":
+                return "bfloat16" if self.architecture.spec.dtype == "bfloat16" else "float32"
+            case "float32" | "bfloat16":
+                return asked
+            case _:
+                raise Refused(f"dtype is {quoted(asked)}, but must be auto, float32 or bfloat16")
+
+    def load(self, dtype: str = "auto") -> Model:
+        """Check, read and convert every weight to `dtype`, and build the model.
 
         Parameters that the architecture lists in `float32` (regular expressions, full match) keep
         that precision. Raises Corrupted for a weight that is NaN or infinite.
@@ -129,10 +139,11 @@ class Checkpoint:
         self.check()
         patterns: tuple[str, ...] = getattr(self.architecture, "float32", ())
         exact = _any_of(patterns)
+        compute = getattr(torch, self.compute_dtype(dtype))
         weights: dict[str, torch.Tensor] = {}
         for name, stored in _tensors(self.directory, {name: self.headers[name] for name in self.architecture.tensors}):
             # A copy even when the dtype is right: a mapped file that shrinks later would kill the process.
-            tensor = stored.to(torch.float32 if exact.fullmatch(name) else dtype, copy=True)
+            tensor = stored.to(torch.float32 if exact.fullmatch(name) else compute, copy=True)
             if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
                 raise Corrupted(f"{self.directory}: weight {quoted(name)} holds NaN or infinity; download it again")
             weights[name] = tensor
