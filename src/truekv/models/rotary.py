@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from truekv.core.config import Config
 
-Angles = tuple["torch.Tensor", "torch.Tensor"]
-"""(cos, sin) of a step's positions, [T, P] float32 each."""
-
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -155,8 +152,34 @@ _FREQUENCIES: dict[str, Callable[[Rope, torch.Tensor], torch.Tensor]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """The positions of one step, ready to turn heads."""
+
+    cos: torch.Tensor
+    """[T, P] float32."""
+    sin: torch.Tensor
+    """[T, P] float32."""
+    interleaved: bool
+
+    def rotate(self, x_THD: torch.Tensor) -> torch.Tensor:
+        """Turn the first R dimensions of [T, H, D] in float32; interleaved planes come out as halves.
+
+        Queries and keys share the layout, so their products do not depend on it.
+        """
+        planes = self.cos.shape[-1]
+        cos_T1P, sin_T1P = self.cos[:, None], self.sin[:, None]
+        turned, kept = x_THD[..., : 2 * planes].float(), x_THD[..., 2 * planes :]
+        first, second = (
+            (turned[..., 0::2], turned[..., 1::2]) if self.interleaved else (turned[..., :planes], turned[..., planes:])
+        )
+        cos_part = (first * cos_T1P - second * sin_T1P).to(x_THD.dtype)
+        sin_part = (second * cos_T1P + first * sin_T1P).to(x_THD.dtype)
+        return torch.cat((cos_part, sin_part, kept), -1)
+
+
 class Rotary:
-    """Turns heads by their positions; tables are made per step, so no length is baked in."""
+    """Makes a step's angles; nothing is tabled ahead, so no length is baked in."""
 
     def __init__(self, rope: Rope, device: torch.device) -> None:
         """Compute the frequencies once, in float32 whatever the model's dtype."""
@@ -164,25 +187,10 @@ class Rotary:
         self.frequencies_P = rope.frequencies().to(device)
 
     def angles(self, positions: torch.Tensor) -> Angles:
-        """Return (cos, sin) of [T] positions."""
+        """Return the angles of [T] positions."""
         turned_TP = positions.float()[:, None] * self.frequencies_P
         amplitude = self.rope.amplitude
         cos_TP, sin_TP = turned_TP.cos(), turned_TP.sin()
-        return (cos_TP, sin_TP) if amplitude == 1.0 else (cos_TP * amplitude, sin_TP * amplitude)
-
-    def rotate(self, x_THD: torch.Tensor, angles: Angles) -> torch.Tensor:
-        """Turn the first R dimensions of [T, H, D] in float32; interleaved planes come out as halves.
-
-        Queries and keys share the layout, so their products do not depend on it.
-        """
-        cos_T1P, sin_T1P = angles[0][:, None], angles[1][:, None]
-        turned, kept = x_THD[..., : self.rope.dim].float(), x_THD[..., self.rope.dim :]
-        planes = self.rope.dim // 2
-        first, second = (
-            (turned[..., 0::2], turned[..., 1::2])
-            if self.rope.interleaved
-            else (turned[..., :planes], turned[..., planes:])
-        )
-        cos_part = (first * cos_T1P - second * sin_T1P).to(x_THD.dtype)
-        sin_part = (second * cos_T1P + first * sin_T1P).to(x_THD.dtype)
-        return torch.cat((cos_part, sin_part, kept), -1)
+        if amplitude != 1.0:
+            cos_TP, sin_TP = cos_TP * amplitude, sin_TP * amplitude
+        return Angles(cos_TP, sin_TP, self.rope.interleaved)

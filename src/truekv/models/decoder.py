@@ -1,0 +1,180 @@
+"""The decoder that every family composes: embedding, residual layers, final norm, head.
+
+Shapes: T tokens of a step, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from truekv.models.blocks import Embedding, Head, RMSNorm, Shapes
+from truekv.models.ffn import MoeShape
+from truekv.models.rotary import Rotary
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from collections.abc import Sequence as Seq
+
+    from truekv.core.batch import Step
+    from truekv.core.lazy import torch
+    from truekv.core.protocols import LayerMemory
+    from truekv.core.spec import LayerSpec, ModelSpec
+    from truekv.models.ffn import FeedForward, MlpShape
+    from truekv.models.rotary import Angles, Rope
+
+
+class Mixer(Protocol):
+    """What moves information between tokens: attention or a recurrence, with its memory."""
+
+    def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
+        """Map [T, C] to [T, C]; `angles` is None in models without rotary positions."""
+        ...
+
+
+class MixerShape(Protocol):
+    """A mixer before any weight is read."""
+
+    def spec(self) -> LayerSpec:
+        """Return what the layer remembers."""
+        ...
+
+    def tensors(self, prefix: str) -> Shapes:
+        """Tensor names under `prefix` (which ends with a dot) and their shapes."""
+        ...
+
+    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> Mixer:
+        """Compose the mixer from its tensors."""
+        ...
+
+
+class Layer:
+    """x + mixer(norm(x)), then x + ffn(norm(x)); a layer may lack either half."""
+
+    def __init__(
+        self, mixer: tuple[RMSNorm, Mixer] | None, ffn: tuple[RMSNorm, FeedForward] | None, scale: float = 1.0
+    ) -> None:
+        """Each half comes with the norm before it; `scale` multiplies what it adds to the residual."""
+        self.mixer = mixer
+        self.ffn = ffn
+        self.scale = scale
+
+    def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
+        """Map the residual [T, C] to the next one."""
+        if self.mixer is not None:
+            norm, mixer = self.mixer
+            x_TC = self._added(x_TC, mixer(norm(x_TC), memory, step, angles))
+        if self.ffn is not None:
+            norm, ffn = self.ffn
+            x_TC = self._added(x_TC, ffn(norm(x_TC)))
+        return x_TC
+
+    def _added(self, x_TC: torch.Tensor, change_TC: torch.Tensor) -> torch.Tensor:
+        return x_TC + (change_TC if self.scale == 1.0 else change_TC * self.scale)
+
+
+class Decoder:
+    """A causal language model: tokens and memory in, numbers out."""
+
+    def __init__(
+        self, spec: ModelSpec, embedding: Embedding, layers: Seq[Layer], head: Head, rotary: Rotary | None
+    ) -> None:
+        """`layers` follow `spec.layers` one to one."""
+        self.spec = spec
+        self.embedding = embedding
+        self.layers = layers
+        self.head = head
+        self.rotary = rotary
+
+    def forward(self, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
+        """Return the last residual [T, C], before the final norm."""
+        x_TC = self.embedding(step.tokens)
+        angles = None if self.rotary is None else self.rotary.angles(step.positions)
+        for layer, remembered in zip(self.layers, memory, strict=True):
+            x_TC = layer(x_TC, remembered, step, angles)
+        return x_TC
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the final norm and the output head: [N, C] -> float32 [N, V]."""
+        return self.head(hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One layer of a checkpoint: its mixer and its feed-forward block, with the names they go by."""
+
+    mixer_name: str
+    mixer: MixerShape
+    ffn: MlpShape | MoeShape
+    ffn_name: str = "mlp"
+
+    def tensors(self, prefix: str, hidden: int, *, fused: bool) -> Shapes:
+        """Tensor names under `prefix` and their shapes; `fused` is the layout of experts."""
+        ffn_prefix = f"{prefix}{self.ffn_name}."
+        ffn = self.ffn.tensors(ffn_prefix, fused=fused) if isinstance(self.ffn, MoeShape) else None
+        return {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            **self.mixer.tensors(f"{prefix}{self.mixer_name}."),
+            **(self.ffn.tensors(ffn_prefix) if ffn is None else ffn),
+        }
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder before any weight is read: the Architecture of most families."""
+
+    spec: ModelSpec
+    layers: tuple[LayerShape, ...]
+    rope: Rope
+    eps: float
+    tied: bool
+    """Whether the output head is the embedding."""
+    zero_centred: bool = False
+    """Whether norm weights are stored minus one."""
+    prefix: str = "model."
+    ignored: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    """Regular expressions (full match) of tensors that stay float32 whatever the compute dtype."""
+
+    @property
+    def tensors(self) -> Shapes:
+        """The layout that transformers writes: experts one by one."""
+        return self.layouts[0]
+
+    @functools.cached_property
+    def layouts(self) -> tuple[Shapes, ...]:
+        """Every layout that `build` takes: experts one by one, and fused where there are any."""
+        mixture = any(isinstance(layer.ffn, MoeShape) for layer in self.layers)
+        return tuple(self._tensors(fused=fused) for fused in ((False, True) if mixture else (False,)))
+
+    def _tensors(self, *, fused: bool) -> Shapes:
+        hidden, vocabulary = self.spec.hidden_size, self.spec.vocab_size
+        shapes: Shapes = {
+            f"{self.prefix}embed_tokens.weight": (vocabulary, hidden),
+            f"{self.prefix}norm.weight": (hidden,),
+        }
+        if not self.tied:
+            shapes["lm_head.weight"] = (vocabulary, hidden)
+        for index, layer in enumerate(self.layers):
+            shapes |= layer.tensors(f"{self.prefix}layers.{index}.", hidden, fused=fused)
+        return shapes
+
+    def build(self, weights: Mapping[str, torch.Tensor]) -> Decoder:
+        """Compose the model from its tensors, in any of its layouts."""
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(weights[f"{self.prefix}{name}.weight"], self.eps, zero_centred=self.zero_centred)
+
+        layers: list[Layer] = []
+        for index, layer in enumerate(self.layers):
+            name = f"layers.{index}."
+            mixer = layer.mixer.build(weights, f"{self.prefix}{name}{layer.mixer_name}.")
+            ffn = layer.ffn.build(weights, f"{self.prefix}{name}{layer.ffn_name}.")
+            layers.append(
+                Layer((norm(f"{name}input_layernorm"), mixer), (norm(f"{name}post_attention_layernorm"), ffn))
+            )
+        embedding = weights[f"{self.prefix}embed_tokens.weight"]
+        head = Head(norm("norm"), embedding if self.tied else weights["lm_head.weight"])
+        return Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, embedding.device))
