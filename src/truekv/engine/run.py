@@ -1,0 +1,92 @@
+"""One step: chunks of tokens in, rows of logits out. The only place where a model meets memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from truekv.core.errors import Corrupted
+from truekv.core.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from truekv.core.batch import Chunk
+    from truekv.core.batch import Sequence as Held
+    from truekv.core.protocols import Model
+    from truekv.memory.arena import Arena
+
+
+class Runner:
+    """Runs steps of any mix of chunks: a prefill chunk, a single token and a verified draft are one thing."""
+
+    def __init__(self, model: Model, arena: Arena) -> None:
+        """Bind a model to the memory of its layers."""
+        self.model = model
+        self.arena = arena
+
+    def step(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[torch.Tensor | Corrupted]:
+        """Run one step; return for each chunk the logits of its last `wanted` tokens, float32 [wanted, vocab].
+
+        A chunk without drafts becomes real at once. After a chunk with drafts the caller says with
+        `arena.advance(sequence, n)` how many of its tokens are real: the certain ones and the accepted.
+        A chunk whose numbers are not finite gets a Corrupted instead of logits and stays provisional;
+        Corrupted is raised when the step failed and it is unknown whose fault it was.
+        """
+        step = self.arena.reserve(list(chunks))
+        with torch.inference_mode():
+            hidden_TH = self.model.forward(step, self.arena.layers)
+            rows = _rows(chunks, wanted)
+            logits_NV = self.model.logits(hidden_TH[rows]).float().cpu() if rows else torch.empty(0, 0)
+            healthy = _healthy(chunks, wanted, hidden_TH, logits_NV)
+        results: list[torch.Tensor | Corrupted] = []
+        start = 0
+        for chunk, count, good in zip(chunks, wanted, healthy, strict=True):
+            if good:
+                results.append(logits_NV[start : start + count])
+                if not chunk.drafts:
+                    self.arena.advance(chunk.sequence, len(chunk.tokens))
+            else:
+                results.append(Corrupted(_sentence(chunk)))
+            start += count
+        return results
+
+    def teacher_force(self, held: Held, tokens: Sequence[int], sizes: Iterator[int]) -> Iterator[torch.Tensor]:
+        """Store tokens chunk by chunk and yield each chunk's logits [size, vocab]; Corrupted ends it."""
+        from truekv.core.batch import Chunk
+
+        start = 0
+        while start < len(tokens):
+            part = list(tokens[start : start + next(sizes)])
+            (logits_QV,) = self.step([Chunk(held, part)], [len(part)])
+            if isinstance(logits_QV, Corrupted):
+                raise logits_QV
+            yield logits_QV
+            start += len(part)
+
+
+def _rows(chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[int]:
+    """Indices of the wanted tokens among all tokens of the step."""
+    rows: list[int] = []
+    end = 0
+    for chunk, count in zip(chunks, wanted, strict=True):
+        end += len(chunk.tokens)
+        rows.extend(range(end - count, end))
+    return rows
+
+
+def _healthy(
+    chunks: Sequence[Chunk], wanted: Sequence[int], hidden_TH: torch.Tensor, logits_NV: torch.Tensor
+) -> list[bool]:
+    """Whether every residual and every logit of each chunk is finite."""
+    # The sum over a row is finite only if every term is: one reduction and one transfer for the whole step.
+    hidden = torch.isfinite(hidden_TH).all(dim=-1).cpu().split([len(chunk.tokens) for chunk in chunks])
+    logits = torch.isfinite(logits_NV).all(dim=-1).split(list(wanted))
+    return [bool(a.all()) and bool(b.all()) for a, b in zip(hidden, logits, strict=True)]
+
+
+def _sentence(chunk: Chunk) -> str:
+    first = chunk.sequence.position
+    return (
+        f"the model's numbers at tokens {first} to {first + len(chunk.tokens) - 1} of this request are not finite; "
+        "no token was made from them: check the weights, or run with --kv-cache-dtype bf16 to rule out the cache"
+    )
