@@ -1,0 +1,1 @@
+"""Training, rescaling and evaluation of the small models shipped with truekv."""

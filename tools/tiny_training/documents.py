@@ -1,0 +1,179 @@
+"""Endless training documents, dense in questions and answers.
+
+An evaluated conversation asks one question; a training document asks many, so that most of its tokens teach. Loss is
+taken on answers only: prompts hold random content that no model can predict.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from tokenizers import Tokenizer
+
+from truekv.tiny import tasks, words
+
+IGNORED: Final = -100  # label of a token without loss
+
+SPECIAL_TOKENS: Final = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+TOOL_INSTRUCTIONS: Final = (
+    "# Tools\n\nYou have access to the following functions:\n\n<tools>\n{tool}\n</tools>\n\n"
+    "To call a function, reply in this form:\n\n<tool_call>\n<function=name>\n<parameter=name>\nvalue\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a rendered conversation."""
+
+    text: str
+    supervised: bool = False
+
+
+def message(role: str, content: str) -> Iterator[Segment]:
+    """Render one message; the assistant's content and its end are supervised."""
+    answers = role == "assistant"
+    yield Segment(f"<|im_start|>{role}\n")
+    yield Segment(f"{content}<|im_end|>", answers)
+    yield Segment("\n")
+
+
+def turn_segments(turn: tasks.Turn) -> Iterator[Segment]:
+    """Render a turn."""
+    yield from message("user", turn.user)
+    yield from message("assistant", turn.answer)
+
+
+def _system(rng: random.Random) -> Iterator[Segment]:
+    if rng.randrange(8):
+        yield from message("system", rng.choice(words.SYSTEM_PROMPTS))
+
+
+def recital(rng: random.Random) -> Iterator[Segment]:
+    """Tell facts and recite them in another order: the shortest way to teach recall."""
+    yield from _system(rng)
+    while True:
+        facts = tasks.random_facts(rng, "train", rng.randint(3, 8))
+        facts += [tasks.random_secret(rng, "train", owner) for owner in rng.sample(words.NAMES, rng.randint(0, 3))]
+        rng.shuffle(facts)
+        yield from message("user", " ".join(fact.statement() for fact in facts))
+        yield Segment("<|im_start|>assistant\n")
+        rng.shuffle(facts)
+        for position, fact in enumerate(facts):
+            key, _, value = fact.answer().partition(" is ")
+            yield Segment(f"{' ' if position else ''}{key} is")
+            yield Segment(f" {value}", supervised=True)
+        yield Segment("<|im_end|>\n")
+
+
+def chat(rng: random.Random) -> Iterator[Segment]:
+    """Tell facts, talk of other things, ask for what was told."""
+    yield from _system(rng)
+    told: dict[str, tasks.Fact] = {}
+    for drawn in iter(lambda: rng.random(), None):
+        if not told or drawn < 0.12:
+            facts = tasks.random_facts(rng, "train", rng.randint(1, 4))
+            told |= {fact.question(): fact for fact in facts}
+            yield from turn_segments(tasks.telling_turn(facts))
+        elif drawn < 0.25:
+            yield from turn_segments(tasks.arithmetic_turn(rng, "train"))
+        elif drawn < 0.33:
+            yield from turn_segments(tasks.small_talk_turn(rng))
+        else:
+            yield from turn_segments(tasks.asking_turn(rng.choice(list(told.values()))))
+
+
+def haystack(rng: random.Random, tokens: int) -> Iterator[Segment]:
+    """Hide secrets and facts in filler and ask for all of them."""
+    yield from _system(rng)
+    hidden = [tasks.random_secret(rng, "train")]
+    hidden += [tasks.random_secret(rng, "train", owner) for owner in rng.sample(words.NAMES, rng.randint(0, 5))]
+    hidden += tasks.random_facts(rng, "train", rng.randint(0, 3))
+    filler_tokens = max(20, round(tokens * rng.uniform(0.4, 0.95)) - 36 * len(hidden))
+    yield from turn_segments(tasks.hiding_turn(rng, hidden, min(filler_tokens, tasks.MAX_FILLER_TOKENS)))
+    while True:
+        for fact in rng.sample(hidden, len(hidden)):
+            yield from turn_segments(tasks.asking_turn(fact))
+
+
+def sums(rng: random.Random) -> Iterator[Segment]:
+    """Ask for one sum after the other."""
+    yield from _system(rng)
+    while True:
+        yield from turn_segments(tasks.arithmetic_turn(rng, "train"))
+
+
+def weather(rng: random.Random) -> Iterator[Segment]:
+    """Call the weather tool again and again."""
+    system = TOOL_INSTRUCTIONS.format(tool=tasks.weather_tool_json())
+    yield from message("system", f"{system}\n\n{rng.choice(words.SYSTEM_PROMPTS)}")
+    while True:
+        if rng.randrange(4) == 0:
+            yield from turn_segments(tasks.small_talk_turn(rng))
+        request, call, response, answer = tasks.weather_messages(rng, "train")
+        arguments = call["tool_calls"][0]["function"]["arguments"]
+        yield from message("user", request["content"])
+        yield from message("assistant", tasks.weather_call(**arguments))
+        yield from message("user", f"<tool_response>\n{response['content']}\n</tool_response>")
+        yield from message("assistant", answer["content"])
+
+
+class Batches:
+    """Rows of token ids and labels, each row the beginning of one document."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        """Seed the documents."""
+        self._tokenizer = tokenizer
+        self._rng = random.Random(seed)
+
+    def draw(self, rows: int, length: int, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw ``rows`` rows of ``length`` tokens; recitals give way to conversations as training proceeds."""
+        drawn = [self._row(self._document(length, progress), length) for _ in range(rows)]
+        ids, labels = zip(*drawn, strict=True)
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def _document(self, length: int, progress: float) -> Iterator[Segment]:
+        early = max(0.0, 1 - progress / 0.4)
+        long = length > 512
+        weights: dict[Callable[[], Iterator[Segment]], float] = {
+            lambda: recital(self._rng): 0.05 + 0.6 * early,
+            lambda: chat(self._rng): 0.2 if long else 0.35,
+            lambda: haystack(self._rng, length): 0.7 if long else 0.25,
+            lambda: sums(self._rng): 0.02 if long else 0.2,
+            lambda: weather(self._rng): 0.05 if long else 0.12,
+        }
+        return self._rng.choices(list(weights), list(weights.values()))[0]()
+
+    def _row(self, document: Iterable[Segment], length: int) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for segment in document:
+            pieces = self._tokenizer.encode(segment.text, add_special_tokens=False).ids
+            ids += pieces
+            labels += pieces if segment.supervised else [IGNORED] * len(pieces)
+            if len(ids) > length:
+                break
+        return ids[:length], labels[:length]
+
+
+def corpus(seed: int, count: int) -> Iterator[str]:
+    """Texts for the tokenizer's training."""
+    rng = random.Random(seed)
+    kinds = (recital, chat, lambda r: haystack(r, 400), sums, weather)
+    for index in range(count):
+        text = ""
+        for segment in kinds[index % len(kinds)](rng):
+            text += segment.text
+            if len(text) > 1500:
+                break
+        yield text

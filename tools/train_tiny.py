@@ -1,0 +1,136 @@
+"""Train one of the small models: tokenizer, trunk, prediction head, rescaling, files.
+
+Run ``PYTHONPATH=src python tools/train_tiny.py --model hybrid --minutes 60 --out build/hybrid``.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+import transformers
+from tiny_training import architectures, forward, scoring
+from tiny_training.documents import IGNORED, Batches
+from tiny_training.muon import Muon
+from tiny_training.tokenizer import save_tokenizer, train_tokenizer
+
+CHAT_TEMPLATE = Path(__file__).parents[1] / "src/truekv/tiny/chat_template.jinja"
+TOKENS_PER_STEP = 4096
+EVALUATE_EVERY = 150  # seconds
+PRECISION = torch.bfloat16
+
+
+class Optimizer:
+    """Muon for the layers' matrices, AdamW for the rest."""
+
+    def __init__(self, model: torch.nn.Module, muon_rate: float, adam_rate: float) -> None:
+        """Split the parameters."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.ndim > 1 and not any(x in name for x in ("embed", "conv1d", "gate.we"))]
+        chosen = {id(p) for p in matrices}
+        others = [p for _, p in named if id(p) not in chosen]
+        self._parameters = [p for _, p in named]
+        self._muon = Muon(matrices)
+        self._adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self._rates = muon_rate, adam_rate
+
+    def step(self, factor: float) -> None:
+        """Clip, update and clear the gradients."""
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._muon.step(self._rates[0] * factor)
+        for group in self._adam.param_groups:
+            group["lr"] = self._rates[1] * factor
+        self._adam.step()
+        self._adam.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def schedule(progress: float) -> float:
+    """Warm up over 2%, hold to 45%, fall linearly to almost nothing."""
+    return min(1.0, progress / 0.02 + 0.05, max(0.01, (1 - progress) / 0.55))
+
+
+def row_length(step: int, progress: float) -> int:
+    """Short rows first; every length to the end, so that the rotary embedding meets every distance."""
+    if progress < 0.3:
+        return 256
+    if progress < 0.5:
+        return (256, 512)[step % 2]
+    return (256, 2304, 256, 512, 2304, 256, 1024, 512)[step % 8]
+
+
+def loss_of(model: transformers.PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens."""
+    hidden = forward.hidden_states(model, ids, PRECISION)
+    wanted = labels[:, 1:] != IGNORED
+    logits = forward.logits(model, hidden[:, :-1][wanted], PRECISION)
+    return F.cross_entropy(logits, labels[:, 1:][wanted])
+
+
+def evaluate(model: transformers.PreTrainedModel, suite: dict[str, list[scoring.Prompt]]) -> dict[str, float]:
+    """Score the held-out suite."""
+
+    def passes(ids: torch.Tensor) -> torch.Tensor:
+        return forward.logits(model, forward.hidden_states(model, ids, PRECISION), PRECISION)
+
+    return {task: scoring.teacher_forced(passes, prompts) for task, prompts in suite.items()}
+
+
+def train_trunk(
+    model: transformers.PreTrainedModel, batches: Batches, suite: dict[str, list[scoring.Prompt]], args: argparse.Namespace
+) -> None:
+    """Train against the clock."""
+    optimizer = Optimizer(model, args.muon_rate, args.adam_rate)
+    start = evaluated = time.monotonic()
+    average, tokens, step = 0.0, 0, 0
+    while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        curriculum = max(progress, args.curriculum_from + (1 - args.curriculum_from) * progress)
+        length = row_length(step, curriculum)
+        ids, labels = batches.draw(max(1, round(TOKENS_PER_STEP / length)), length, curriculum)
+        loss = loss_of(model, ids, labels)
+        loss.backward()
+        optimizer.step(schedule(progress))
+        tokens += ids.numel()
+        if length == 256:
+            average = loss.item() if step == 0 else 0.95 * average + 0.05 * loss.item()
+        step += 1
+        if step % 50 == 0:
+            rate = tokens / (time.monotonic() - start)
+            print(f"step {step}  {progress:.1%}  loss {average:.4f}  {tokens / 1e6:.2f} M  {rate:.0f} tok/s", flush=True)
+        if time.monotonic() - evaluated > EVALUATE_EVERY:
+            evaluated = time.monotonic()
+            print("  ".join(f"{task} {score:.2f}" for task, score in evaluate(model, suite).items()), flush=True)
+            torch.save(model.state_dict(), args.out / "trunk.pt")
+    torch.save(model.state_dict(), args.out / "trunk.pt")
+
+
+def main() -> None:
+    """Run the stages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=architectures.CONFIGS, required=True)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--muon-rate", type=float, default=0.02)
+    parser.add_argument("--adam-rate", type=float, default=0.004)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--curriculum-from", type=float, default=0.0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(0)
+    save_tokenizer(tokenizer, args.out, CHAT_TEMPLATE)
+    fast = transformers.AutoTokenizer.from_pretrained(args.out)
+    suite = {task: scoring.tokenize(fast, found) for task, found in scoring.heldout_suite(args.seed, 32).items()}
+    model = architectures.build(args.model, args.seed)
+    if args.resume:
+        model.load_state_dict(torch.load(args.resume))
+    train_trunk(model, Batches(tokenizer, args.seed), suite, args)
+    print(evaluate(model, suite))
+
+
+if __name__ == "__main__":
+    main()
