@@ -40,7 +40,9 @@ class Int8:
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Encode float32 [..., dim] as uint8 [..., dim + 2]."""
         rows = finite(rows)
-        scale = half_down(rows.abs().amax(-1, keepdim=True) / _TOP)
+        amax = rows.abs().amax(-1, keepdim=True)
+        # Divided by a tensor: by a Python number, a GPU multiplies with the rounded reciprocal instead.
+        scale = half_down(amax / torch.full_like(amax, _TOP))
         # Rows whose scale is below fp16's smallest number are stored as zeros.
         step = torch.where(scale > 0, scale.float(), 1.0)
         codes = torch.where(scale > 0, rows / step, 0.0).round().clamp(-_TOP, _TOP).to(torch.int8)

@@ -64,3 +64,22 @@ def row_sum(values: torch.Tensor) -> torch.Tensor:
         low, high = values[..., :half], values[..., half:]
         values = torch.cat((low[..., : width - half] + high, low[..., width - half :]), -1)
     return values
+
+
+def split(values: torch.Tensor, width: int) -> torch.Tensor:
+    """View [..., n] as [..., n / width, width]."""
+    return values.reshape(*values.shape[:-1], values.shape[-1] // width, width)
+
+
+def fold(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack [..., dim] codes into [..., dim * bits / 8] bytes, each of 8 / bits equal parts of the row."""
+    parts = split(codes, codes.shape[-1] * bits // 8)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    # The parts share no bit, so their sum is their union.
+    return (parts << shifts[:, None]).sum(-2, dtype=torch.uint8)
+
+
+def unfold(data: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undo `fold`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+    return ((data[..., None, :] >> shifts[:, None]) & ((1 << bits) - 1)).flatten(-2)
