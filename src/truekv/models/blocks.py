@@ -13,8 +13,6 @@ from truekv.core.lazy import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from truekv.core.config import Config
-
 Shapes = dict[str, tuple[int, ...]]
 """Tensor names of a checkpoint and their shapes."""
 
@@ -89,17 +87,3 @@ class Head:
         """Map the last residual [N, C] to float32 logits [N, V]."""
         logits_NV = torch.nn.functional.linear(self.norm(hidden), self.weight).float()
         return logits_NV if self.scale == 1.0 else logits_NV * self.scale
-
-
-def layer_kinds(config: Config, count: int, default: list[str], *allowed: str) -> tuple[str, ...]:
-    """Read `layer_types`: one allowed kind per layer, `default` where the config has none."""
-    from truekv.core.errors import Refused
-
-    kinds = config.get("layer_types", default)
-    if not isinstance(kinds, list) or len(kinds) != count:  # pyright: ignore[reportUnknownArgumentType]
-        raise Refused(f"{config.where}: 'layer_types' must list one kind for each of the {count} layers")
-    for index, kind in enumerate(kinds):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-        if kind not in allowed:
-            expected = " or ".join(repr(item) for item in allowed)
-            raise Refused(f"{config.where}: 'layer_types'[{index}] is {kind!r}, but only {expected} is implemented")
-    return tuple(kinds)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]

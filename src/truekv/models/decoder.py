@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from truekv.core.spec import ModelSpec
 from truekv.models.blocks import Embedding, Head, RMSNorm, Shapes
 from truekv.models.ffn import MoeShape
 from truekv.models.rotary import Rotary
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
     from truekv.core.protocols import LayerMemory
-    from truekv.core.spec import LayerSpec, ModelSpec
+    from truekv.core.spec import LayerSpec
     from truekv.models.ffn import FeedForward, MlpShape
+    from truekv.models.reading import Sizes
     from truekv.models.rotary import Angles, Rope
 
 
@@ -137,6 +139,23 @@ class DecoderShape:
     ignored: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     """Regular expressions (full match) of tensors that stay float32 whatever the compute dtype."""
+
+    @classmethod
+    def of(
+        cls, family: str, sizes: Sizes, layers: tuple[LayerShape, ...], rope: Rope, *, zero_centred: bool = False
+    ) -> DecoderShape:
+        """Compose a family of ordinary layers: every one has a mixer, a feed-forward block and two norms."""
+        spec = ModelSpec(
+            family=family,
+            hidden_size=sizes.hidden,
+            vocab_size=sizes.vocabulary,
+            max_positions=sizes.max_positions,
+            dtype=sizes.dtype,
+            layers=tuple(layer.mixer.spec() for layer in layers),
+        )
+        # A tied checkpoint may hold its head a second time.
+        ignored = (r"lm_head\.weight",) if sizes.tied else ()
+        return cls(spec, layers, rope, sizes.eps, sizes.tied, zero_centred=zero_centred, ignored=ignored)
 
     @property
     def tensors(self) -> Shapes:
