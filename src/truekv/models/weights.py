@@ -59,16 +59,26 @@ class Checkpoint:
         return cls(directory, config, understand(config), read_headers(directory, partial=not weights))
 
     @functools.cached_property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every tensor to load, in the layout of the files.
+
+        An architecture may take several (`layouts`: experts one by one, or fused); the files decide.
+        """
+        default = (self.architecture.tensors,)
+        layouts: tuple[Mapping[str, tuple[int, ...]], ...] = getattr(self.architecture, "layouts", default)
+        return max(layouts, key=lambda shapes: sum(name in self.headers for name in shapes) / len(shapes))
+
+    @functools.cached_property
     def parameters(self) -> int:
         """How many numbers the model loads."""
-        return sum(math.prod(shape) for shape in self.architecture.tensors.values())
+        return sum(math.prod(shape) for shape in self.tensors.values())
 
     @functools.cached_property
     def weight_bytes(self) -> int:
         """Bytes of the tensors that are loaded: as stored, or two per number when there are no files to ask."""
         if not self.headers:
             return 2 * self.parameters
-        used = (self.headers[name] for name in self.architecture.tensors if name in self.headers)
+        used = (self.headers[name] for name in self.tensors if name in self.headers)
         return sum(header.end - header.start for header in used)
 
     @functools.cached_property
@@ -100,7 +110,7 @@ class Checkpoint:
             raise Refused(f"{self.directory} does not hold the weights of a {family} model: {'; '.join(faults)}")
 
     def _faults(self) -> list[str]:
-        needed = self.architecture.tensors
+        needed = self.tensors
         ignored = _any_of(self.architecture.ignored)
         missing = [name for name in needed if name not in self.headers]
         unexpected = [name for name in self.headers if name not in needed and not ignored.fullmatch(name)]
@@ -141,7 +151,7 @@ class Checkpoint:
         exact = _any_of(patterns)
         compute = getattr(torch, self.compute_dtype(dtype))
         weights: dict[str, torch.Tensor] = {}
-        for name, stored in _tensors(self.directory, {name: self.headers[name] for name in self.architecture.tensors}):
+        for name, stored in _tensors(self.directory, {name: self.headers[name] for name in self.tensors}):
             # A copy even when the dtype is right: a mapped file that shrinks later would kill the process.
             tensor = stored.to(torch.float32 if exact.fullmatch(name) else compute, copy=True)
             if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
