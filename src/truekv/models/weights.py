@@ -207,7 +207,7 @@ def _locate(model: str, *, weights: bool) -> Path:
         return Path(path)
     if os.path.exists(path):  # noqa: PTH110 (likewise)
         raise Refused(f"{path} is a file; name the model directory that holds config.json and safetensors")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", model):
         raise Refused(f"{quoted(model)} is neither a directory nor a hub id of the form organisation/model")
     return _download(model, _METADATA_FILES + ["*.safetensors"] * weights)
 
@@ -225,8 +225,8 @@ def _download(model: str, patterns: list[str]) -> Path:
     except RepositoryNotFoundError:
         reason = "the hub knows no such model, or it is private: check the name, or run 'hf auth login'"
     except Exception as error:  # noqa: BLE001 (the hub client's transport errors share no base class)
-        first = next(iter(str(error).splitlines()), "")
-        reason = f"the hub could not be reached or did not answer ({first or type(error).__name__})"
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = f"the hub could not be reached or did not answer ({first[:200]})"
     raise Refused(f"{quoted(model)} is not a directory here, and cannot be downloaded: {reason}")
 
 
