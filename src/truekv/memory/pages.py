@@ -1,0 +1,122 @@
+"""The rows of one attention layer: pages of bytes in the layer's own formats.
+
+A page holds `page_tokens` tokens. Its fields follow one another, each with its heads one after the
+other, each head with its planes:
+
+    page = { field: { head: { codes[page_tokens] | scales[page_tokens] } } }
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from truekv.core.errors import Corrupted
+from truekv.core.lazy import torch
+from truekv.core.protocols import Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from truekv.core.batch import Step
+    from truekv.core.protocols import CacheFormat
+    from truekv.core.spec import Field, Paged
+    from truekv.formats.frame import Frame
+    from truekv.kernels.table import Kernels
+
+POISON = 0xFF
+"""Fills bytes that nobody wrote: as float32, bf16, fp16 and fp8 all of them are NaN."""
+
+
+def row_bytes(field: Field, chosen: CacheFormat) -> int:
+    """Bytes that one token takes in one field, all heads together."""
+    return field.heads * sum(chosen.planes(field.dim))
+
+
+def page_bytes(layer: Paged, formats: Seq[CacheFormat], page_tokens: int) -> int:
+    """Bytes of one page of a layer: what is planned, and what is allocated."""
+    return page_tokens * sum(row_bytes(*pair) for pair in zip(layer.fields, formats, strict=True))
+
+
+class PagedLayer:
+    """Owns the rows of one layer; implements core.protocols.PagedMemory."""
+
+    def __init__(
+        self,
+        name: str,
+        layer: Paged,
+        formats: Seq[CacheFormat],
+        frames: Seq[Frame | None],
+        kernels: Kernels,
+        *,
+        pages: int,
+        page_tokens: int,
+        poison: bool,
+        check_finite: bool,
+        device: torch.device | str,
+    ) -> None:
+        """Allocate uint8 [pages, page_bytes]; `frames` holds one frame, or None, per field."""
+        size = (pages, page_bytes(layer, formats, page_tokens))
+        # Untouched zero pages cost no memory until they are written.
+        self.data = torch.zeros(size, dtype=torch.uint8, device=device)
+        if poison:
+            self.data.fill_(POISON)
+        self.name = name
+        self.layer = layer
+        self.kernels = kernels
+        self.check_finite = check_finite
+        self.frames = tuple(frames)
+        stored: list[Stored] = []
+        start = 0
+        for field, chosen in zip(layer.fields, formats, strict=True):
+            stored.append(Stored(field, chosen, self.data, start, page_tokens))
+            start += page_tokens * row_bytes(field, chosen)
+        self.stored = tuple(stored)
+
+    def attend(
+        self, queries: tuple[torch.Tensor, ...], rows: tuple[torch.Tensor, ...], scale: float, step: Step
+    ) -> torch.Tensor:
+        """Store the rows, then attend to stored rows only; see core.protocols.PagedMemory.
+
+        Raises Corrupted for rows that are not finite, before anything is stored.
+        """
+        if self.check_finite:
+            self._check(rows)
+        framed_queries: list[torch.Tensor] = []
+        remaining = list(queries)
+        for field, frame, stored, values in zip(self.layer.fields, self.frames, self.stored, rows, strict=True):
+            self.kernels.store(stored, values if frame is None else frame.rows(values), step)
+            if field.role != "value":
+                query = remaining.pop(0)
+                framed_queries.append(query if frame is None else frame.query(query))
+        out = self.kernels.attend(tuple(framed_queries), self.stored, scale, self.layer.window, step)
+        for field, frame in zip(self.layer.fields, self.frames, strict=True):
+            if field.role != "key" and frame is not None:
+                out = frame.output(out)
+        return out.to(queries[0].dtype)
+
+    def erase(self, pages: Seq[int]) -> None:
+        """Fill whole pages with poison."""
+        self.data[list(pages)] = POISON
+
+    def erase_lines(self, page: int, line: int) -> None:
+        """Fill one page with poison from a line on."""
+        for stored in self.stored:
+            start = stored.start
+            for _head in range(stored.field.heads):
+                for width in stored.format.planes(stored.field.dim):
+                    end = start + stored.page_tokens * width
+                    self.data[page, start + line * width : end] = POISON
+                    start = end
+
+    def tensors(self) -> Seq[torch.Tensor]:
+        """Every tensor this layer allocated."""
+        return (self.data,)
+
+    def _check(self, rows: tuple[torch.Tensor, ...]) -> None:
+        for field, values in zip(self.layer.fields, rows, strict=True):
+            if not bool(torch.isfinite(values).all()):
+                bad = int((~torch.isfinite(values)).any(-1).any(-1).sum())
+                raise Corrupted(
+                    f"{self.name}: the rows of '{field.name}' hold NaN or infinity for {bad} of {len(values)} tokens; "
+                    "nothing was stored: check the weights and the compute dtype"
+                )

@@ -1,0 +1,131 @@
+"""The state of one recurrent layer: a slot per sequence, and the log of its last drafts.
+
+A slot holds the state after every token that is certain. Drafts are only logged: what the rule needs
+of each one to fold it in. The next step folds those that were accepted; the others are forgotten,
+because nothing was ever changed by them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from truekv.core.errors import Corrupted
+from truekv.core.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from collections.abc import Sequence as Seq
+
+    from truekv.core.batch import Step
+    from truekv.core.spec import Recurrent, Slab
+    from truekv.kernels.table import Kernels
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+# The count of folded tokens that each slot carries, so that a wrong slot shows.
+_COUNT_BYTES = 8
+
+
+def state_bytes(layer: Recurrent, dtype: str) -> int:
+    """Bytes of one slot: the state itself and an int64 count of the tokens in it."""
+    return _COUNT_BYTES + sum(_slab_bytes(slab, dtype) for slab in layer.state)
+
+
+def log_bytes(layer: Recurrent, dtype: str, drafts: int) -> int:
+    """Bytes of one slot's log of `drafts` tokens."""
+    return drafts * sum(_slab_bytes(slab, dtype) for slab in layer.log)
+
+
+def slot_bytes(layer: Recurrent, dtype: str, drafts: int) -> int:
+    """Bytes of one slot, state and log: what is planned, and what is allocated."""
+    return state_bytes(layer, dtype) + log_bytes(layer, dtype, drafts)
+
+
+def _slab_bytes(slab: Slab, dtype: str) -> int:
+    return math.prod(slab.shape) * ITEM_BYTES[dtype if slab.dtype == "model" else slab.dtype]
+
+
+class StateLayer:
+    """Owns the state of one layer; implements core.protocols.StateMemory."""
+
+    def __init__(
+        self,
+        name: str,
+        layer: Recurrent,
+        kernels: Kernels,
+        *,
+        slots: int,
+        drafts: int,
+        dtype: str,
+        poison: bool,
+        check_finite: bool,
+        device: torch.device | str,
+    ) -> None:
+        """Allocate [slots, *shape] per state slab and [slots, drafts, *shape] per log slab."""
+        self.name = name
+        self.layer = layer
+        self.kernels = kernels
+        self.check_finite = check_finite
+        fill = math.nan if poison else 0.0
+
+        def slab(slab: Slab, *leading: int) -> torch.Tensor:
+            kind = getattr(torch, dtype if slab.dtype == "model" else slab.dtype)
+            return torch.full((*leading, *slab.shape), fill, dtype=kind, device=device)
+
+        self.state = {item.name: slab(item, slots) for item in layer.state}
+        self.log = {item.name: slab(item, slots, drafts) for item in layer.log}
+        self.folded = torch.full((slots,), -1, dtype=torch.int64, device=device)
+
+    def scan(self, inputs: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], step: Step) -> torch.Tensor:
+        """Carry the state through the step; see core.protocols.StateMemory.
+
+        Raises Corrupted when an input or the new state is not finite, or when a slot does not hold
+        exactly the tokens that the step believes it holds.
+        """
+        if self.check_finite:
+            self._check_slots(step)
+            self._check_finite("the input", inputs)
+        out = self.kernels.scan(self.layer, inputs, weights, self.state, self.log, step)
+        self.folded[step.slot] = step.position + step.certain
+        if self.check_finite:
+            self._check_finite("the state", {name: slab[step.slot] for name, slab in self.state.items()})
+        return out
+
+    def open(self, slot: int) -> None:
+        """Zero a slot: a sequence starts from no tokens, not from whatever was there."""
+        for slab in self.state.values():
+            slab[slot] = 0
+        self.folded[slot] = 0
+
+    def erase(self, slot: int) -> None:
+        """Fill a slot and its log with poison."""
+        for slab in (*self.state.values(), *self.log.values()):
+            slab[slot] = math.nan
+        self.folded[slot] = -1
+
+    def erase_log(self, slot: int, accepted: int) -> None:
+        """Fill the log with poison from the first draft that was not accepted."""
+        for slab in self.log.values():
+            slab[slot, accepted:] = math.nan
+
+    def tensors(self) -> Seq[torch.Tensor]:
+        """Every tensor this layer allocated."""
+        return (*self.state.values(), *self.log.values(), self.folded)
+
+    def _check_slots(self, step: Step) -> None:
+        held = self.folded[step.slot]
+        expected = step.position - step.replay
+        if not torch.equal(held, expected):
+            row = int((held != expected).nonzero()[0, 0])
+            raise Corrupted(
+                f"{self.name}: slot {int(step.slot[row])} holds the state after {int(held[row])} tokens, but the step "
+                f"expects {int(expected[row])}; the sequence must be closed and computed again"
+            )
+
+    def _check_finite(self, what: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise Corrupted(
+                    f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
+                    "check the weights and the compute dtype"
+                )
