@@ -1,0 +1,158 @@
+"""Granite 4.0: Mamba-2 and attention layers over experts with a shared MLP, under four multipliers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from truekv.core.errors import Refused
+from truekv.core.spec import ModelSpec
+from truekv.models.blocks import Linear, Shapes
+from truekv.models.ffn import MLP, FeedForward, MoE, Router, Routing, fused_experts
+from truekv.models.hybrid import FeedForwardHalf, HybridLayer, HybridShape, MixerHalf
+from truekv.models.mixers.gqa import GqaShape
+from truekv.models.mixers.mamba2 import Mamba2Shape, checked, read_time_limits
+from truekv.models.reading import Sizes, layer_kinds
+from truekv.models.rotary import read_rope
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from truekv.core.config import Config
+    from truekv.core.lazy import torch
+    from truekv.core.protocols import Family
+
+
+@dataclass(frozen=True, slots=True)
+class GraniteFeedForward:
+    """Routed experts beside a shared MLP; gate and up are one map, the gate first."""
+
+    routing: Routing | None
+    """None: a dense model, which has the shared MLP alone."""
+    hidden: int
+    inner: int
+    shared_inner: int
+
+    def tensors(self, prefix: str) -> Shapes:
+        """Tensor names under `prefix` (a layer's) and their shapes."""
+        shapes: Shapes = {
+            f"{prefix}shared_mlp.input_linear.weight": (2 * self.shared_inner, self.hidden),
+            f"{prefix}shared_mlp.output_linear.weight": (self.hidden, self.shared_inner),
+        }
+        if self.routing is None:
+            return shapes
+        mixture, experts = f"{prefix}block_sparse_moe.", self.routing.experts
+        return shapes | {
+            f"{mixture}router.layer.weight": (experts, self.hidden),
+            f"{mixture}input_linear.weight": (experts, 2 * self.inner, self.hidden),
+            f"{mixture}output_linear.weight": (experts, self.hidden, self.inner),
+        }
+
+    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> FeedForward:
+        """Compose the block from its tensors; experts are views of the fused ones."""
+        gate, up = weights[f"{prefix}shared_mlp.input_linear.weight"].chunk(2)
+        shared = MLP(Linear(gate), Linear(up), Linear(weights[f"{prefix}shared_mlp.output_linear.weight"]))
+        if self.routing is None:
+            return shared
+        mixture = f"{prefix}block_sparse_moe."
+        first, down = weights[f"{mixture}input_linear.weight"], weights[f"{mixture}output_linear.weight"]
+        router = Router(self.routing, weights[f"{mixture}router.layer.weight"])
+        return MoE(router, fused_experts(first, down, "silu", gated=True), shared)
+
+
+class GraniteMoeHybrid:
+    """GraniteMoeHybridForCausalLM, with experts or without."""
+
+    model_types = ("granitemoehybrid",)
+
+    def read(self, config: Config) -> HybridShape:
+        """Understand the config of a released Granite 4.0 (H or dense)."""
+        sizes = Sizes.read(config)
+        # Released configs name the kinds as before transformers 5: mamba and attention.
+        kinds = layer_kinds(
+            config, sizes.layers, ["mamba"] * sizes.layers, "linear_attention", "full_attention", "mamba", "attention"
+        )
+        attention, recurrence = _read_attention(config, sizes), _read_mamba(config, sizes)
+        ffn = FeedForwardHalf("post_attention_layernorm", "", _read_feed_forward(config, sizes))
+        mixers = {
+            "full_attention": MixerHalf("input_layernorm", "self_attn.", attention),
+            "linear_attention": MixerHalf("input_layernorm", "mamba.", recurrence),
+        }
+        mixers |= {"attention": mixers["full_attention"], "mamba": mixers["linear_attention"]}
+        config.only("position_embedding_type", "rope", "nope")
+        turned = config.get("position_embedding_type", "nope") == "rope"
+        # Without rotary positions the config still carries their fields; they say nothing then.
+        config.ignore("rope_parameters", "rope_theta", "rope_scaling")
+        rope = read_rope(config, sizes.head_dim, sizes.max_positions) if turned else None
+        config.only("normalization_function", "rmsnorm")
+        config.ignore("normalization_function", "init_method")  # the latter is about training
+        scales = [config.number(f"{name}_multiplier", 1.0) for name in ("embedding", "residual")]
+        divisor = config.number("logits_scaling", 1.0)
+        if divisor == 0.0:
+            raise Refused(f"{config.where}: 'logits_scaling' is 0, but logits are divided by it")
+        config.close()
+        layers = tuple(HybridLayer(mixers[kind], ffn) for kind in kinds)
+        return HybridShape(
+            ModelSpec(
+                family="granitemoehybrid",
+                hidden_size=sizes.hidden,
+                vocab_size=sizes.vocabulary,
+                max_positions=sizes.max_positions,
+                dtype=sizes.dtype,
+                layers=tuple(mixers[kind].shape.spec() for kind in kinds),
+            ),
+            layers,
+            sizes.eps,
+            sizes.tied,
+            rope,
+            embedding_scale=scales[0],
+            residual_scale=scales[1],
+            logits_scale=1.0 / divisor,
+            ignored=(r"lm_head\.weight",) if sizes.tied else (),
+            float32=(r".*\.A_log", r".*\.dt_bias", r".*\.mamba\.D"),
+        )
+
+
+def _read_attention(config: Config, sizes: Sizes) -> GqaShape:
+    bias = config.boolean("attention_bias", default=False)
+    scale = config.number("attention_multiplier", 1.0)  # in place of 1 / sqrt(head_dim), not besides it
+    return GqaShape(
+        sizes.hidden, sizes.heads, sizes.kv_heads, sizes.head_dim, bias=bias, out_bias=bias, eps=sizes.eps, scale=scale
+    )
+
+
+def _read_mamba(config: Config, sizes: Sizes) -> Mamba2Shape:
+    heads = config.integer("mamba_n_heads", high=4096)
+    inner = config.integer("mamba_expand", 2, high=64) * sizes.hidden
+    config.only("mamba_d_head", "auto", inner // heads)
+    config.ignore("mamba_d_head", "mamba_chunk_size")  # a chunk is how far kernels look ahead, not what they compute
+    if inner % heads:
+        raise Refused(f"{config.where}: {heads} Mamba heads cannot share {inner} channels evenly")
+    shape = Mamba2Shape(
+        sizes.hidden,
+        heads,
+        inner // heads,
+        config.integer("mamba_n_groups", 1, high=4096),
+        config.integer("mamba_d_state", high=4096),
+        config.integer("mamba_d_conv", 4, high=64),
+        sizes.eps,
+        read_time_limits(config, "time_step_limit"),
+        bias=config.boolean("mamba_proj_bias", default=False),
+        conv_bias=config.boolean("mamba_conv_bias", default=True),
+    )
+    return checked(config, shape)
+
+
+def _read_feed_forward(config: Config, sizes: Sizes) -> GraniteFeedForward:
+    experts = config.integer("num_local_experts", 0, low=0, high=4096)
+    config.ignore("num_experts_per_tok")
+    routing = None
+    if experts:
+        chosen = config.integer("num_experts_per_tok", high=experts)
+        # The best logits, and a softmax over them alone: the same as a softmax over all, renormalised.
+        routing = Routing(experts, chosen, normalised=True, float32_logits=False)
+    inner, shared = config.integer("intermediate_size"), config.integer("shared_intermediate_size")
+    return GraniteFeedForward(routing, sizes.hidden, inner, shared)
+
+
+FAMILY: Final[Family] = GraniteMoeHybrid()
