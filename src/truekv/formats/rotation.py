@@ -6,7 +6,8 @@ S is Sylvester's matrix of order 2^k. P is 1 if dim is a power of two, else a Pa
 28 ...: so that 80, 96 and 192 mix all of their channels too, and not blocks of them. The signs come from
 a hash of our own, not from a library's generator, which may change.
 
-It is applied as sums and differences in a fixed order: the result of a row does not depend on the batch.
+It is applied as a product that is exact before its last rounding: the result of a row does not depend on
+the batch, the library or the device.
 
 Sources: Sylvester (1867), Paley (1933) for the matrices; Ailon and Chazelle (2006) for the random signs.
 """
@@ -21,7 +22,7 @@ from typing import Final
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
-from truekv.formats.planes import split
+from truekv.formats.planes import on_grid
 
 _WORD: Final = 0xFFFFFFFF
 
@@ -38,48 +39,33 @@ def check_rotation(dim: int) -> None:
 
 def rotate(rows: torch.Tensor) -> torch.Tensor:
     """Return H x for every row of float32 [..., D]."""
-    dim = rows.shape[-1]
-    order, _ = _factors(dim)
-    signed = rows * _signs(dim, rows.device)
-    return _mix(signed, _paley(order)) * (1 / math.sqrt(dim))
+    return _multiply(rows, _signed(rows.shape[-1], rows.device).T)
 
 
 def unrotate(rows: torch.Tensor) -> torch.Tensor:
     """Return H^T y for every row of float32 [..., D]: undoes `rotate`."""
-    dim = rows.shape[-1]
-    order, _ = _factors(dim)
-    transposed = tuple(zip(*_paley(order), strict=True))
-    return _mix(rows, transposed) * (_signs(dim, rows.device) * (1 / math.sqrt(dim)))
+    return _multiply(rows, _signed(rows.shape[-1], rows.device))
 
 
-@functools.cache
 def matrix(dim: int) -> torch.Tensor:
-    """Return H as float32 [D, D] on the CPU, for kernels that multiply and weights that fold it: H x = matrix @ x."""
-    return rotate(torch.eye(dim)).T.contiguous()
+    """Return H as float32 [D, D] on the CPU, for kernels and for weights that fold it (H @ x rotates x)."""
+    return (_signed(dim, torch.device("cpu")) * (1 / math.sqrt(dim))).float()
 
 
-def _mix(rows: torch.Tensor, paley: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """Multiply [..., D] with (paley kron Sylvester), by additions and subtractions only."""
-    dim, order = rows.shape[-1], len(paley)
-    width = 1
-    while width < dim // order:
-        parts = split(split(rows, 2 * width), width)
-        low, high = parts[..., 0, :], parts[..., 1, :]
-        rows = torch.stack((low + high, low - high), -2).reshape(rows.shape)
-        width *= 2
-    if order == 1:
-        return rows
-    blocks = split(rows, dim // order)
-    columns = torch.tensor(paley, dtype=torch.float32, device=rows.device).T
-    mixed = blocks[..., :1, :] * columns[0][:, None]
-    for index in range(1, order):
-        mixed = mixed + blocks[..., index : index + 1, :] * columns[index][:, None]
-    return mixed.reshape(rows.shape)
+def _multiply(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    # Entries are +1 and -1, so the products are exact and so are their sums.
+    return ((on_grid(rows) @ factor) * (1 / math.sqrt(rows.shape[-1]))).float()
 
 
 @functools.lru_cache(maxsize=64)
-def _signs(dim: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(signs(dim), dtype=torch.float32, device=device)
+def _signed(dim: int, device: torch.device) -> torch.Tensor:
+    """Return sqrt(dim) * H, float64 [D, D] of +1 and -1."""
+    order, width = _factors(dim)
+    paley = torch.tensor(_paley(order), dtype=torch.float64)
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(width.bit_length() - 1):
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), sylvester)
+    return (torch.kron(paley, sylvester) * torch.tensor(signs(dim))).to(device)
 
 
 @functools.cache
