@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from truekv.core.batch import Sequence, Step
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
-from truekv.core.spec import Paged, Recurrent
+from truekv.core.spec import Paged, Recurrent, Stateless
+from truekv.formats.frame import frame_for
 from truekv.memory.pages import PagedLayer
 from truekv.memory.states import StateLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
     from truekv.core.batch import Chunk
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from truekv.kernels.table import Kernels
     from truekv.memory.plan import LayerPlan, MemoryPlan
 
-    Frames = Seq[Seq[Frame | None]]
+    Frames = Mapping[tuple[int, str], Frame]
 
 
 class OutOfPages(Refused):
@@ -52,17 +54,17 @@ class Arena:
         spec: ModelSpec,
         plan: MemoryPlan,
         kernels: Kernels,
-        frames: Frames = (),
+        frames: Frames | None = None,
         *,
-        draft_frames: Frames = (),
         poison: bool = False,
         check_finite: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         """Allocate what was planned, no more.
 
-        `frames` holds one frame or None per field of each layer, like the plan's formats; nothing
-        at all means no frames. With `poison` every byte that holds no real token is NaN.
+        `frames` holds what was measured on the model, by (layer index, field name), draft layers
+        after the others; formats that need no measurement run without. With `poison` every byte
+        that holds no real token is NaN.
         `check_finite` stops rows, inputs and states that are not finite, at the price of one
         host synchronisation per layer and step.
         """
@@ -71,9 +73,10 @@ class Arena:
         self.poison = poison
         self.device = torch.device(device)
         self._check_finite = check_finite
-        self.layers = self._allocate(spec.layers, plan.layers, frames, "layer")
+        measured = frames or {}
+        self.layers = self._allocate(spec.layers, plan.layers, measured, 0)
         draft_layers = spec.draft_layers if plan.draft_layers else ()
-        self.draft_layers = self._allocate(draft_layers, plan.draft_layers, draft_frames, "draft layer")
+        self.draft_layers = self._allocate(draft_layers, plan.draft_layers, measured, len(spec.layers))
         self._free_pages = list(range(plan.pages - 1, -1, -1))
         self._free_slots = list(range(plan.slots - 1, -1, -1))
         self._leases: dict[int, _Lease] = {}
@@ -186,44 +189,47 @@ class Arena:
             self._lease(lease.sequence)
 
     def _allocate(
-        self, specs: Seq[LayerSpec], plans: Seq[LayerPlan], frames: Frames, what: str
+        self, specs: Seq[LayerSpec], plans: Seq[LayerPlan], measured: Frames, first: int
     ) -> tuple[LayerMemory, ...]:
-        layers: list[LayerMemory] = []
-        for index, (layer, planned) in enumerate(zip(specs, plans, strict=True)):
-            name = f"{what} {index}"
-            if isinstance(layer, Paged):
-                framed = frames[index] if frames else [None] * len(layer.fields)
-                layers.append(
-                    PagedLayer(
-                        name,
-                        layer,
-                        planned.formats,
-                        framed,
-                        self.kernels,
-                        pages=self.plan.pages,
-                        page_tokens=self.plan.page_tokens,
-                        poison=self.poison,
-                        check_finite=self._check_finite,
-                        device=self.device,
-                    )
+        pairs = zip(specs, plans, strict=True)
+        return tuple(
+            self._layer(index, layer, planned, measured) for index, (layer, planned) in enumerate(pairs, first)
+        )
+
+    def _layer(self, index: int, layer: LayerSpec, planned: LayerPlan, measured: Frames) -> LayerMemory:
+        name = f"layer {index}"
+        match layer:
+            case Paged(fields=fields):
+                frames = tuple(
+                    frame_for(chosen, measured.get((index, field.name))).to(self.device)
+                    for field, chosen in zip(fields, planned.formats, strict=True)
                 )
-            elif isinstance(layer, Recurrent):
-                layers.append(
-                    StateLayer(
-                        name,
-                        layer,
-                        self.kernels,
-                        slots=self.plan.slots,
-                        drafts=self.plan.drafts,
-                        dtype=self.plan.dtype,
-                        poison=self.poison,
-                        check_finite=self._check_finite,
-                        device=self.device,
-                    )
+                return PagedLayer(
+                    name,
+                    layer,
+                    planned.formats,
+                    frames,
+                    self.kernels,
+                    pages=self.plan.pages,
+                    page_tokens=self.plan.page_tokens,
+                    poison=self.poison,
+                    check_finite=self._check_finite,
+                    device=self.device,
                 )
-            else:
-                layers.append(None)
-        return tuple(layers)
+            case Recurrent():
+                return StateLayer(
+                    name,
+                    layer,
+                    self.kernels,
+                    slots=self.plan.slots,
+                    drafts=self.plan.drafts,
+                    dtype=self.plan.dtype,
+                    poison=self.poison,
+                    check_finite=self._check_finite,
+                    device=self.device,
+                )
+            case Stateless():
+                return None
 
     def _paged(self) -> list[PagedLayer]:
         return [layer for layer in (*self.layers, *self.draft_layers) if isinstance(layer, PagedLayer)]

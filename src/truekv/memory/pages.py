@@ -45,7 +45,7 @@ class PagedLayer:
         name: str,
         layer: Paged,
         formats: Seq[CacheFormat],
-        frames: Seq[Frame | None],
+        frames: Seq[Frame],
         kernels: Kernels,
         *,
         pages: int,
@@ -54,7 +54,7 @@ class PagedLayer:
         check_finite: bool,
         device: torch.device | str,
     ) -> None:
-        """Allocate uint8 [pages, page_bytes]; `frames` holds one frame, or None, per field."""
+        """Allocate uint8 [pages, page_bytes]; `frames` holds one per field."""
         size = (pages, page_bytes(layer, formats, page_tokens))
         # Untouched zero pages cost no memory until they are written.
         self.data = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -84,13 +84,12 @@ class PagedLayer:
         framed_queries: list[torch.Tensor] = []
         remaining = list(queries)
         for field, frame, stored, values in zip(self.layer.fields, self.frames, self.stored, rows, strict=True):
-            self.kernels.store(stored, values if frame is None else frame.rows(values), step)
+            self.kernels.store(stored, frame.rows(values), step)
             if field.role != "value":
-                query = remaining.pop(0)
-                framed_queries.append(query if frame is None else frame.query(query))
+                framed_queries.append(frame.query(remaining.pop(0)))
         out = self.kernels.attend(tuple(framed_queries), self.stored, scale, self.layer.window, step)
         for field, frame in zip(self.layer.fields, self.frames, strict=True):
-            if field.role != "key" and frame is not None:
+            if field.role != "key":
                 out = frame.output(out)
         return out.to(queries[0].dtype)
 

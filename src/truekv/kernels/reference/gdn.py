@@ -42,11 +42,11 @@ def scan(
     _, value_heads, key_dim, value_dim = state["state"].shape
     mixed_BNC = convolve(timeline, weights["conv"])
     keys = (mixed_BNC.shape[-1] - value_heads * value_dim) // 2
-    q, k, v = mixed_BNC.split([keys, keys, value_heads * value_dim], -1)
+    q, k, v = torch.split(mixed_BNC, [keys, keys, value_heads * value_dim], -1)
     group = value_heads * key_dim // keys
-    q_BNHD = _normalised(q.unflatten(-1, (-1, key_dim))).repeat_interleave(group, 2) * key_dim**-0.5
-    k_BNHD = _normalised(k.unflatten(-1, (-1, key_dim))).repeat_interleave(group, 2)
-    v_BNHV = v.unflatten(-1, (value_heads, value_dim))
+    q_BNHD = _normalised(_heads(q, key_dim)).repeat_interleave(group, 2) * key_dim**-0.5
+    k_BNHD = _normalised(_heads(k, key_dim)).repeat_interleave(group, 2)
+    v_BNHV = _heads(v, value_dim)
     beta_BNH1 = timeline.inputs["beta"].float()[..., None]
     keep_BNH11 = timeline.inputs["decay"].float().exp()[..., None, None]
 
@@ -71,6 +71,10 @@ def scan(
     save_tail(timeline, state["conv"])
     save_drafts(timeline, log)
     return timeline.ragged(torch.stack(out, 1))
+
+
+def _heads(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return x.reshape(*x.shape[:-1], -1, dim)
 
 
 def _normalised(x: torch.Tensor) -> torch.Tensor:

@@ -40,11 +40,11 @@ def scan(
     _, heads, head_dim, size = state["state"].shape
     mixed_BNE = convolve(timeline, weights["conv"], weights.get("conv_bias"))
     shared = (mixed_BNE.shape[-1] - heads * head_dim) // 2
-    x, b, c = mixed_BNE.split([heads * head_dim, shared, shared], -1)
+    x, b, c = torch.split(mixed_BNE, [heads * head_dim, shared, shared], -1)
     group = heads * size // shared
-    x_BNHP = x.unflatten(-1, (heads, head_dim))
-    b_BNHS = b.unflatten(-1, (-1, size)).repeat_interleave(group, 2)
-    c_BNHS = c.unflatten(-1, (-1, size)).repeat_interleave(group, 2)
+    x_BNHP = x.reshape(*x.shape[:-1], heads, head_dim)
+    b_BNHS = b.reshape(*b.shape[:-1], -1, size).repeat_interleave(group, 2)
+    c_BNHS = c.reshape(*c.shape[:-1], -1, size).repeat_interleave(group, 2)
     dt_BNH = timeline.inputs["dt"].float()
     # dt = 0 beyond a row's tokens: nothing decays and nothing enters.
     keep_BNH11 = (dt_BNH * weights["A"].float()).exp()[..., None, None]

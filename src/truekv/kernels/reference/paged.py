@@ -111,14 +111,15 @@ def attend(
         total_BKM = total_BKM * shrink_BKM + weight_BKMS.sum(-1)
         mean_BKMV = mean_BKMV * shrink_BKM[..., None] + weight_BKMS @ v_BKSV
         highest_BKM = raised_BKM
-    out_BKGQV = (mean_BKMV / total_BKM[..., None])[:, :, : group * longest].unflatten(2, (group, longest))
-    out_BQKGV = out_BKGQV.permute(0, 3, 1, 2, 4)
+    out_BKMV = (mean_BKMV / total_BKM[..., None])[:, :, : group * longest]
+    out_BQKGV = out_BKMV.reshape(batch, heads, group, longest, value.field.dim).permute(0, 3, 1, 2, 4)
     return out_BQKGV[step.owner, step.offset].flatten(1, 2).to(queries[0].dtype)
 
 
 def _by_kv_head(q_THD: torch.Tensor, heads: int, step: Step) -> torch.Tensor:
     """Return [B, K, M, D]: the queries of one kv head as the rows of one matrix."""
-    q_BQKGD = q_THD.float()[step.gather].unflatten(2, (heads, -1))
+    q_BQHD = q_THD.float()[step.gather]
+    q_BQKGD = q_BQHD.reshape(*q_BQHD.shape[:2], heads, -1, q_BQHD.shape[-1])
     return _padded(q_BQKGD.permute(0, 2, 3, 1, 4).flatten(2, 3), dim=2)
 
 
