@@ -13,7 +13,7 @@ from truekv.engine.schedule import Request, Schedule
 from truekv.engine.tokens import StopStrings, TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from truekv.core.lazy import torch
     from truekv.core.options import SamplingParams
@@ -78,7 +78,9 @@ class Answer:
         token = self.sampler.choose(logits_V, len(request.generated))
         request.tokens.append(token)
         report = logprob(logits_V, token, params.logprobs) if params.logprobs else None
-        text, stopped = self._stops.push(self._text.push(token)) if self._text and token not in self._ends else ("", False)
+        text, stopped = (
+            self._stops.push(self._text.push(token)) if self._text and token not in self._ends else ("", False)
+        )
         yield Sampled(request.identity, token, text, report)
         if stopped:
             yield Ended(request.identity, "stop", "")
@@ -123,6 +125,18 @@ class Engine:
         self.schedule.add(request)
         self._answers[request.identity] = Answer(request, self.tokenizer, self.ends)
         return request
+
+    def add_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
+        """Queue all of several prompts, or none when one of them is refused."""
+        added: list[Request] = []
+        try:
+            for prompt, params in prompts:
+                added.append(self.add(prompt, params))
+        except Refused:
+            for request in added:
+                self.abort(request)
+            raise
+        return added
 
     def check(self, prompt: Sequence[int], params: SamplingParams | None = None, room: int = 1) -> None:
         """Refuse a prompt that cannot be run, with the numbers that say why; `room`: tokens to come after it."""

@@ -65,7 +65,7 @@ class Runner:
 
 
 def _rows(chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[int]:
-    """Indices of the wanted tokens among all tokens of the step."""
+    """Return the places of the wanted tokens among all tokens of the step."""
     rows: list[int] = []
     end = 0
     for chunk, count in zip(chunks, wanted, strict=True):

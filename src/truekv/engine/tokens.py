@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from truekv.core.errors import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from tokenizers import Tokenizer as Library
 
@@ -149,7 +149,7 @@ class StopStrings:
     """Ends a text at the first stop string, holding back whatever may still become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """`stops`: non-empty strings."""
+        """Watch for `stops`, which are non-empty."""
         self._stops = tuple(stops)
         self._held = ""
 

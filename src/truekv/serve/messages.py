@@ -108,9 +108,10 @@ def _part(value: object, where: str) -> str:
 def _calls(value: object, where: str) -> list[dict[str, Any]]:
     """Return tool calls with their arguments as objects: clients send JSON text, templates iterate over it."""
     calls: list[dict[str, Any]] = []
-    for place, call in enumerate(cast("list[Any]", value) if isinstance(value, list) else [None]):
-        function: Any = cast("dict[str, Any]", call).get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict):
+    for place, item in enumerate(cast("list[object]", value) if isinstance(value, list) else [value]):
+        call = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
+        function: Any = call.get("function", call)
+        if not isinstance(function, dict) or "name" not in function:
             raise Refused(f"{where} must be a list of objects with 'function': {{'name': ..., 'arguments': ...}}")
         arguments: Any = cast("dict[str, Any]", function).get("arguments", {})
         if isinstance(arguments, str):

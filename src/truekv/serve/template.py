@@ -152,29 +152,31 @@ def main() -> None:
 
 def _answer(template: str, variables: dict[str, object]) -> dict[str, str]:
     """Render and return {"text": ...} or {"error": one sentence}."""
-    import jinja2
-    from jinja2.sandbox import SecurityError
-
     try:
-        text = "".join(_limited(_compiled(template).generate(variables)))
-    except SecurityError as error:
-        return {"error": f"the chat template reaches for what the sandbox forbids: {_line(error)}"}
-    except jinja2.TemplateSyntaxError as error:
-        return {"error": f"the chat template is not valid jinja2: line {error.lineno}: {_line(error)}"}
-    except jinja2.UndefinedError as error:
-        return {"error": f"the chat template uses a value that these messages do not have: {_line(error)}"}
-    except jinja2.TemplateError as error:
-        return {"error": f"the chat template refuses these messages: {_line(error)}"}
-    except MemoryError:
-        return {"error": f"the chat template needed more than {_MEMORY >> 20} MiB; use another template"}
+        return {"text": "".join(_limited(_compiled(template).generate(variables)))}
     except Exception as error:  # noqa: BLE001 (a template can raise anything its expressions can)
-        return {"error": f"the chat template failed: {type(error).__name__}: {_line(error)}"}
-    return {"text": text}
+        return {"error": f"the chat template {_blame(error)}"}
 
 
-def _line(error: Exception) -> str:
-    """Return an error's text as one line of bounded length."""
-    return " ".join(str(error).split())[:300]
+def _blame(error: Exception) -> str:
+    """Say what a template did wrong."""
+    from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+    from jinja2.exceptions import SecurityError
+
+    what = " ".join(str(error).split())[:300]
+    match error:
+        case SecurityError():
+            return f"reaches for what the sandbox forbids: {what}"
+        case TemplateSyntaxError():
+            return f"is not valid jinja2: line {error.lineno}: {what}"
+        case UndefinedError():
+            return f"uses a value that these messages do not have: {what}"
+        case TemplateError():
+            return f"refuses these messages: {what}"
+        case MemoryError():
+            return f"needed more than {_MEMORY >> 20} MiB; use another template"
+        case _:
+            return f"failed: {type(error).__name__}: {what}"
 
 
 def _limited(parts: Any) -> Any:  # noqa: ANN401 (jinja2's generator is untyped)
@@ -201,20 +203,19 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_generation_block(), loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    offered: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals.update(offered)
     return environment
 
 
 def _generation_block() -> type[Extension]:
     """Make the extension for {% generation %}, which marks trained spans and renders as its content."""
-    from jinja2 import nodes
     from jinja2.ext import Extension
 
     class Generation(Extension):
         tags = {"generation"}  # noqa: RUF012 (jinja2 reads a class attribute)
 
-        def parse(self, parser: Any) -> list[nodes.Node]:  # noqa: ANN401 (jinja2's parser is untyped)
+        def parse(self, parser: Any) -> Any:  # noqa: ANN401 (jinja2's parser is untyped)
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

@@ -1,0 +1,152 @@
+"""Assembly: the only place where a checkpoint, formats, memory, kernels and the engine are put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import truekv
+from truekv.core.errors import Refused
+from truekv.core.folder import choose
+
+if TYPE_CHECKING:
+    from truekv.core.options import EngineOptions
+    from truekv.core.protocols import CacheFormat
+    from truekv.core.spec import ModelSpec
+    from truekv.engine.generate import Engine
+    from truekv.engine.tokens import Tokenizer
+    from truekv.formats.frame import Frame
+    from truekv.kernels.table import Kernels
+    from truekv.memory.plan import MemoryPlan
+    from truekv.models.weights import Checkpoint
+    from truekv.serve.messages import ChatTemplate
+
+EMBEDDED: Final = ("tiny-hybrid", "tiny-mla", "tiny-dense")
+"""Models that come with the package; their names work wherever a model is named."""
+FRAMES_FILE: Final = "kv_cache_frames.safetensors"
+
+Frames = dict[tuple[int, str], "Frame"]
+Formats = tuple["tuple[CacheFormat, ...] | None", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything decided about a run before a weight is read."""
+
+    checkpoint: Checkpoint
+    options: EngineOptions
+    dtype: str
+    formats: Formats
+    measured: Frames
+    kernels: Kernels
+    plan: MemoryPlan
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+
+
+def locate(model: str) -> str:
+    """Turn the name of an embedded model into its directory; any other name stays as it is."""
+    if not model.startswith("tiny-") or Path(model).exists():
+        return model
+    choose("embedded model", model, dict.fromkeys(EMBEDDED))
+    return str(Path(truekv.__file__).parent / "tiny" / model.removeprefix("tiny-"))
+
+
+def design(model: str, options: EngineOptions) -> Blueprint:
+    """Decide everything and refuse whatever cannot run. Reads JSON and headers; allocates nothing."""
+    from truekv.engine.tokens import Tokenizer
+    from truekv.formats.choice import choose_formats
+    from truekv.kernels.table import select
+    from truekv.memory.plan import plan
+    from truekv.models.weights import Checkpoint
+    from truekv.serve.messages import ChatTemplate
+
+    checkpoint = Checkpoint.open(locate(model))
+    spec = checkpoint.architecture.spec
+    dtype = checkpoint.compute_dtype(options.dtype)
+    formats = choose_formats(spec, options.kv_cache_dtype, options.kv_cache_map, dtype)
+    planned = plan(
+        spec,
+        formats,
+        memory=options.memory,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        drafts=options.num_speculative_tokens,
+        dtype=dtype,
+    )
+    measured = _measured(checkpoint.directory, spec, options.kv_cache_frames, model)
+    _permit(spec, formats, measured, model)
+    kernels = select(spec, [chosen or () for chosen in formats])
+    tokenizer = Tokenizer.open(checkpoint.directory)
+    template = ChatTemplate.open(checkpoint.directory)
+    checkpoint.check()
+    return Blueprint(checkpoint, options, dtype, formats, measured, kernels, planned, tokenizer, template)
+
+
+def build(blueprint: Blueprint) -> Engine:
+    """Load the weights, allocate the memory that was planned, and start the engine."""
+    from truekv.engine.generate import Engine
+    from truekv.engine.run import Runner
+    from truekv.engine.schedule import Schedule
+    from truekv.engine.tokens import end_tokens
+    from truekv.memory.arena import Arena
+
+    options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
+    model = checkpoint.load(blueprint.dtype)
+    arena = Arena(model.spec, plan, blueprint.kernels, blueprint.measured, poison=options.debug_poison)
+    schedule = Schedule(
+        pages=plan.pages,
+        page_tokens=plan.page_tokens,
+        sequences=options.max_num_seqs,
+        step_tokens=options.max_num_batched_tokens,
+    )
+    ends = end_tokens(checkpoint.directory, blueprint.tokenizer)
+    return Engine(
+        Runner(model, arena), schedule, blueprint.tokenizer, ends=ends, max_model_len=plan.max_context_one_sequence
+    )
+
+
+def _measured(directory: Path, spec: ModelSpec, asked: str | None, model: str) -> Frames:
+    """Read the frames that were measured on the model: the file asked for, else the one beside the weights."""
+    path = Path(asked) if asked else directory / FRAMES_FILE
+    if path.is_file():
+        from truekv.formats.frame import load_frames
+
+        return load_frames(path, spec)
+    if asked:
+        raise Refused(f"kv_cache_frames names {path}, which is not a file; make it with 'truekv calibrate {model}'")
+    return {}
+
+
+def _permit(spec: ModelSpec, formats: Formats, measured: Frames, model: str) -> None:
+    """Refuse what the verdict does not let run."""
+    from truekv.trust.verdict import judge
+
+    verdict = judge(spec, formats, measured.keys(), model=model)
+    if verdict.answer != "run":
+        raise Refused(verdict.reason)
+
+
+def describe(blueprint: Blueprint) -> dict[str, Any]:
+    """Return what memory really stores, as JSON: format and bytes of every layer, then the sums."""
+    plan = blueprint.plan
+    return {
+        "layers": [
+            {
+                "index": layer.index,
+                "kind": layer.kind,
+                "formats": {name: chosen.name for name, chosen, _ in layer.fields},
+                "bytes_per_token": layer.bytes_per_token,
+                "state_bytes": layer.state_bytes + layer.log_bytes,
+            }
+            for layer in (*plan.layers, *plan.draft_layers)
+        ],
+        "page_tokens": plan.page_tokens,
+        "page_bytes": plan.page_bytes,
+        "pages": plan.pages,
+        "state_bytes_per_sequence": plan.state_bytes_per_sequence,
+        "total_bytes": plan.total_bytes,
+        "measured": sorted(f"{index}.{name}" for index, name in blueprint.measured),
+        "kernels": blueprint.kernels.backend,
+    }

@@ -1,0 +1,278 @@
+"""The command line. Importing it imports neither torch nor the engine: `truekv --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import typer
+
+from truekv.core.errors import Refused, TrueKVError
+from truekv.core.options import EngineOptions, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+app = typer.Typer(
+    name="truekv",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run hybrid, MLA and dense models with quantized KV caches that stay true to the model.",
+    epilog="Try it without a download: `truekv demo`, or `truekv chat tiny-hybrid --kv-cache-dtype int8`.",
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory in Hugging Face form, a hub id, or tiny-hybrid, tiny-mla, tiny-dense (they come along).",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", help="Longest answer, in tokens.", rich_help_panel="Sampling")
+]
+Temperature = Annotated[
+    float, typer.Option(help="0 is greedy; 1 samples what the model says.", rich_help_panel="Sampling")
+]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the smallest set with this much mass.", rich_help_panel="Sampling")
+]
+TopK = Annotated[
+    int, typer.Option(help="Sample from the K most likely tokens; 0 keeps all.", rich_help_panel="Sampling")
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens.", rich_help_panel="Sampling")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End the answer before this string (repeatable).", rich_help_panel="Sampling")
+]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="FORMAT[/FORMAT]",
+        help="One format, or K/V: int8 (recommended), int8/kv4, bf16, ... `truekv formats` lists them.",
+        rich_help_panel="KV cache",
+    ),
+]
+CacheK = Annotated[
+    str | None, typer.Option("-ctk", "--cache-type-k", help="Format of K, as in llama.cpp.", rich_help_panel="KV cache")
+]
+CacheV = Annotated[
+    str | None, typer.Option("-ctv", "--cache-type-v", help="Format of V, as in llama.cpp.", rich_help_panel="KV cache")
+]
+HadamardK = Annotated[bool, typer.Option("-khad", help="Rotate K before it is coded.", rich_help_panel="KV cache")]
+HadamardV = Annotated[bool, typer.Option("-vhad", help="Rotate V before it is coded.", rich_help_panel="KV cache")]
+CacheMap = Annotated[
+    str, typer.Option("--kv-cache-map", help='Layers apart: "3=bf16,7-11=int8/kv4".', rich_help_panel="KV cache")
+]
+Frames = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-frames",
+        metavar="FILE",
+        help="Measured frames from `truekv calibrate`; default: the file beside the weights.",
+        rich_help_panel="KV cache",
+    ),
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest context, in tokens.", rich_help_panel="KV cache")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="Compute dtype; auto is the checkpoint's.", rich_help_panel="KV cache"),
+]
+
+
+def _version(asked: bool) -> None:  # noqa: FBT001 (typer calls it with the flag)
+    if asked:
+        from truekv import __version__
+
+        typer.echo(f"truekv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(  # pyright: ignore[reportUnusedFunction] (typer calls it)
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (works after a command too).")] = False,
+) -> None:
+    del version, debug  # the first acts in its callback, the second is taken out by `run`
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT|-", help="The prompt; - reads it from stdin.")] = None,
+    *,
+    messages: Annotated[
+        str | None, typer.Option(metavar="FILE", help='A conversation as JSON: [{"role": "user", "content": "..."}].')
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the PROMPT into the chat template as a user message.")
+    ] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Stop = None,
+    logprobs: Annotated[
+        int, typer.Option(metavar="K", help="Report the K most likely tokens.", rich_help_panel="Sampling")
+    ] = 0,
+    kv_cache_dtype: CacheDtype = None,
+    ctk: CacheK = None,
+    ctv: CacheV = None,
+    khad: HadamardK = False,
+    vhad: HadamardV = False,
+    kv_cache_map: CacheMap = "",
+    kv_cache_frames: Frames = None,
+    max_model_len: MaxModelLen = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Complete a prompt, or answer a conversation; the text streams to the terminal.
+
+    For example:
+
+    * `truekv generate tiny-hybrid --chat "What is 7 * 8 + 3 * 4?" --kv-cache-dtype int8`
+
+    * `truekv generate tiny-mla --messages talk.json --json`
+
+    * `cat prompt.txt | truekv generate ./model - --temperature 0.7 --seed 1`
+    """
+    from truekv.serve.generate import run
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
+    )
+    options = EngineOptions(
+        dtype=dtype,
+        kv_cache_dtype=cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad),
+        kv_cache_map=kv_cache_map,
+        kv_cache_frames=kv_cache_frames,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+    )
+    run(model, prompt, messages, options, params, chat=chat, as_json=as_json)
+
+
+@app.command()
+def chat(
+    model: Model,
+    *,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Stop = None,
+    kv_cache_dtype: CacheDtype = None,
+    ctk: CacheK = None,
+    ctv: CacheV = None,
+    khad: HadamardK = False,
+    vhad: HadamardV = False,
+    kv_cache_map: CacheMap = "",
+    kv_cache_frames: Frames = None,
+    max_model_len: MaxModelLen = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model in the terminal.
+
+    `/kv` shows the effective format and bytes of every layer, `/stats` tokens and speed, `/reset` forgets.
+
+    Example: `truekv chat tiny-hybrid --kv-cache-dtype int8/kv4`
+    """
+    from truekv.serve.chat import run
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    options = EngineOptions(
+        dtype=dtype,
+        kv_cache_dtype=cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad),
+        kv_cache_map=kv_cache_map,
+        kv_cache_frames=kv_cache_frames,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+    )
+    run(model, options, params, system)
+
+
+def cache_dtype(both: str | None, k: str | None, v: str | None, *, khad: bool, vhad: bool) -> str:
+    """Join the two spellings of a cache format into one FORMAT or K/V.
+
+    A side that is not named stays bf16, as it stays f16 in llama.cpp.
+    """
+    if both is not None and (k or v):
+        raise Refused("--kv-cache-dtype and -ctk/-ctv name the same thing; use one of them")
+    if not (k or v or khad or vhad):
+        return both or "auto"
+    if (khad or vhad) and not (both or k or v):
+        raise Refused("-khad and -vhad rotate what -ctk and -ctv name; add for example -ctk q8_0 -ctv q4_0")
+    first, _, second = (both or f"{k or 'bf16'}/{v or 'bf16'}").partition("/")
+    return "/".join(name + "+hadamard" * turned for name, turned in ((first, khad), (second or first, vhad)))
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+_INTERRUPTED: Final = 130
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; every error made on purpose is one sentence on stderr."""
+    own, end, rest = _split(list(arguments))
+    debug = "--debug" in own
+    try:
+        result = app([item for item in own if item != "--debug"] + end + rest, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left (`| head`); pointing stdout elsewhere keeps Python quiet at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except TrueKVError as error:
+        return _say(str(error), error.exit_code, debug=debug)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # typer's own errors: an unknown option, a missing argument
+        if usage is not None:
+            return _say(f"{usage()} (see truekv --help)", 2, debug=debug)
+        if debug:
+            raise
+        return _say(
+            f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)", 70, debug=False
+        )
+    return result if isinstance(result, int) else 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Split at the first --, behind which nothing is an option."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place : place + 1], arguments[place + 1 :]
+
+
+def _say(sentence: str, code: int, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"truekv: {sentence}\n")
+    return code

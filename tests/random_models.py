@@ -1,0 +1,85 @@
+"""Small random checkpoints as transformers saves them, with a byte tokenizer and a chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import truekv
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+VOCABULARY = 320
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def save_dense(directory: Path, **changes: Any) -> Path:
+    """Save a two-layer qwen3 in float32."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _save(Qwen3ForCausalLM, Qwen3Config(**{**_SHAPE, "num_hidden_layers": 2, **changes}), directory)
+
+
+def save_hybrid(directory: Path) -> Path:
+    """Save a four-layer qwen3_5: three GDN layers and one of gated attention."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        **_SHAPE,
+        num_hidden_layers=4,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    return _save(Qwen3_5ForCausalLM, config, directory)
+
+
+def _save(kind: Any, config: Any, directory: Path) -> Path:
+    import torch
+
+    torch.manual_seed(0)
+    model = kind(config).float()
+    model.save_pretrained(directory)
+    return directory
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Build a tokenizer of one token per byte and a few merges that cross words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("o", "r")]
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer
+
+
+def add_tokenizer(directory: Path, template: str | None = None) -> Path:
+    """Put the byte tokenizer, its config and a chat template (Qwen's form by default) into a checkpoint."""
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    if template is None:
+        template = (Path(truekv.__file__).parent / "tiny" / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
