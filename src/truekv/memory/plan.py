@@ -106,6 +106,7 @@ def plan(
     drafts: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
     draft_formats: Seq[Chosen] | None = None,
+    reserved: int = 0,
 ) -> MemoryPlan:
     """Divide memory among layers, without allocating any.
 
@@ -113,7 +114,8 @@ def plan(
     otherwise; `draft_formats` likewise for `spec.draft_layers`, None to leave those out. `memory` in
     bytes is for rows and states only; without it the plan takes what `max_num_seqs` sequences of
     `max_model_len` tokens need. `drafts` is the capacity of the log. Raises DoesNotFit when one
-    sequence of `max_model_len` tokens, or one page per sequence, has no room.
+    sequence of `max_model_len` tokens, or one page per sequence, has no room; its sentence then asks for
+    memory on top of the `reserved` bytes (weights) of the device.
     """
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
         raise Refused(
@@ -131,7 +133,7 @@ def plan(
         pages = (memory - max_num_seqs * draft.state_bytes_per_sequence) // draft.page_bytes
     result = MemoryPlan(layers, draft_layers, PAGE_TOKENS, pages, max_num_seqs, drafts, dtype, longest)
     if memory is not None:
-        _check_fits(result, memory, max_model_len or 1, spec, draft_formats is not None)
+        _check_fits(result, memory, max_model_len or 1, spec, draft_formats is not None, reserved)
     return result
 
 
@@ -143,6 +145,13 @@ def readable(count: int) -> str:
             return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def enough(count: int) -> str:
+    """Bytes as people say them, rounded up: whoever gives that much gives at least `count`."""
+    power = min(4, max(0, count.bit_length() - 1) // 10)
+    unit = 1024**power
+    return readable(-(-10 * count // unit) * unit // 10 if power else count)
 
 
 def _layer_plans(layers: Seq[LayerSpec], formats: Seq[Chosen], dtype: str, drafts: int) -> tuple[LayerPlan, ...]:
@@ -183,7 +192,7 @@ def _needed(slots: int, tokens: int, page: int, state: int) -> int:
     return slots * state + max(slots, -(-tokens // PAGE_TOKENS)) * page
 
 
-def _check_fits(result: MemoryPlan, memory: int, tokens: int, spec: ModelSpec, drafted: bool) -> None:  # noqa: FBT001
+def _check_fits(result: MemoryPlan, memory: int, tokens: int, spec: ModelSpec, drafted: bool, reserved: int) -> None:  # noqa: FBT001
     page, state, slots = result.page_bytes, result.state_bytes_per_sequence, result.slots
     need = _needed(slots, tokens, page, state)
     if need <= memory:
@@ -201,7 +210,7 @@ def _check_fits(result: MemoryPlan, memory: int, tokens: int, spec: ModelSpec, d
     smaller = _smaller_format(result, memory - slots * state, max(slots, result.pages_for(tokens)), spec, drafted)
     if smaller is not None:
         remedies.append(f"use kv_cache_dtype {smaller}")
-    remedies.append(f"give {readable(need)} of memory")
+    remedies.append(f"give {enough(need + reserved)} of memory")
     raise DoesNotFit(
         f"{slots} sequence{'s' * (slots > 1)} with {readable(state)} of state each and one context of {tokens} tokens "
         f"need {readable(need)}, but {readable(max(0, memory))} is left for rows and states: {', or '.join(remedies)}"
@@ -236,4 +245,5 @@ def _smaller_format(result: MemoryPlan, room: int, pages: int, spec: ModelSpec, 
             continue
         if size < result.page_bytes and size * pages <= room:
             fitting.append((candidate.code_bits, candidate.name))
-    return max(fitting)[1] if fitting else None
+    # Of equals, the recommended one.
+    return max(fitting, key=lambda item: (item[0], item[1] == "int8"))[1] if fitting else None
