@@ -85,6 +85,10 @@ def names() -> tuple[str, ...]:
 
 def _layer_formats(index: int, fields: tuple[Field, ...], asked: str, default: str) -> tuple[CacheFormat, ...]:
     parts = [default if part == "auto" else part for part in asked.split("/")]
+    if default in parts and not set(default.split("/")) <= set(names()):
+        raise Refused(
+            f"the checkpoint declares the KV cache format '{default}', which truekv does not have: name another"
+        )
     if len(parts) == 1 and "/" in parts[0]:  # a checkpoint may declare a pair
         parts = parts[0].split("/")
     if len(parts) == 1:

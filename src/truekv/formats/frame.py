@@ -5,20 +5,40 @@ once on the model, and the fixed rotation H. Reading costs nothing extra:
 
     scores   q' = H(s * q); the constant q . c is the same for every key and drops out of the softmax
     output   o = c + s * (H^T o'), because the attention weights sum to one
+
+Measured frames travel in a safetensors file: float32 [heads, dim] tensors `layers.{i}.{field}.centre` and
+`.scale`, and where they come from in its metadata. Layer i of the multi-token-prediction head has the
+index len(layers) + i.
 """
 
 # Shape suffixes: T tokens, H kv heads, Q query heads, D dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
 
+from truekv.core.errors import Corrupted, Refused
+from truekv.core.lazy import torch
+from truekv.core.spec import Paged
 from truekv.formats.rotation import rotate, unrotate
 
 if TYPE_CHECKING:
-    from truekv.core.lazy import torch
+    from collections.abc import Iterator
+    from collections.abc import Sequence as Seq
+
     from truekv.core.protocols import CacheFormat
+    from truekv.core.spec import Field, LayerSpec, ModelSpec
+
+VERSION: Final = 1
+"""Of the file; it changes with the meaning of the numbers, the rotation included."""
+_KEY: Final = re.compile(r"layers\.(?P<layer>\d{1,6})\.(?P<field>\w+)\.(?P<part>centre|scale)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +91,44 @@ class Frame:
 IDENTITY: Final = Frame()
 
 
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where measured frames come from."""
+
+    model: str
+    """`model_digest` of the spec they were measured on."""
+    source: str
+    """The checkpoint, as the user named it."""
+    method: str
+    """How centre and scale were computed."""
+    prompts: int
+    tokens: int
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Per "layers.{i}.{field}": what was seen there (tokens, amax ...)."""
+    weights: str = ""
+    """Hash of the weights, if it was taken."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frames(Mapping[tuple[int, str], Frame]):
+    """Measured frames by (layer, field name), none of them rotated: that is the format's to say."""
+
+    measured: Mapping[tuple[int, str], Frame]
+    provenance: Provenance
+
+    def __getitem__(self, key: tuple[int, str]) -> Frame:
+        """Return the frame of one field of one layer."""
+        return self.measured[key]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """Iterate over (layer, field name)."""
+        return iter(self.measured)
+
+    def __len__(self) -> int:
+        """Return how many fields were measured."""
+        return len(self.measured)
+
+
 def frame_for(codec: CacheFormat, measured: Frame | None) -> Frame:
     """Return the frame that a codec's rows are stored in, given what was measured on the model, if anything.
 
@@ -81,6 +139,127 @@ def frame_for(codec: CacheFormat, measured: Frame | None) -> Frame:
     return replace(measured or IDENTITY, rotated=codec.rotated)
 
 
+def layer_frames(
+    layers: Seq[LayerSpec],
+    formats: Seq[tuple[CacheFormat, ...] | None],
+    measured: Mapping[tuple[int, str], Frame] | None = None,
+    *,
+    first: int = 0,
+) -> tuple[tuple[Frame | None, ...], ...]:
+    """Return the frame of every field of every layer; None where rows are stored as they are.
+
+    `first` is the index of layers[0] in the checkpoint: len(spec.layers) for the draft layers.
+    """
+    found: list[tuple[Frame | None, ...]] = []
+    for index, (layer, chosen) in enumerate(zip(layers, formats, strict=True), first):
+        fields = layer.fields if isinstance(layer, Paged) else ()
+        frames = (
+            frame_for(codec, (measured or {}).get((index, item.name)))
+            for item, codec in zip(fields, chosen or (), strict=True)
+        )
+        found.append(tuple(None if frame.identity else frame for frame in frames))
+    return tuple(found)
+
+
+def model_digest(spec: ModelSpec) -> str:
+    """Hash what frames depend on: the family, and the fields of every paged layer."""
+    paged = [
+        [index, [[item.name, item.heads, item.dim, item.role] for item in fields]]
+        for index, fields in _paged(spec).items()
+    ]
+    text = json.dumps([spec.family, spec.hidden_size, spec.vocab_size, paged])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_frames(path: Path | str, frames: Mapping[tuple[int, str], Frame], provenance: Provenance) -> None:
+    """Write measured frames; the file appears whole or not at all."""
+    from safetensors import torch as safetensors
+
+    tensors: dict[str, torch.Tensor] = {}
+    for (layer, name), frame in frames.items():
+        for part, values in (("centre", frame.centre), ("scale", frame.scale)):
+            if values is not None:
+                tensors[f"layers.{layer}.{name}.{part}"] = values.detach().float().cpu().contiguous()
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        cast("Any", safetensors).save_file(
+            tensors, unfinished, {"version": str(VERSION), "provenance": json.dumps(asdict(provenance))}
+        )
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_frames(path: Path | str, spec: ModelSpec) -> Frames:
+    """Read measured frames and check them against the model they are meant for.
+
+    Raises Corrupted if the file cannot be read or holds numbers that are no frame, and Refused if it was
+    made for another model or by another version.
+    """
+    tensors, metadata = _read(Path(path))
+    provenance = _provenance(path, metadata)
+    if provenance.model != model_digest(spec):
+        raise Refused(
+            f"{path} holds frames measured on another model ('{provenance.source}'), whose layers differ from this "
+            f"one's: measure this model with 'truekv calibrate'"
+        )
+    fields = {(index, item.name): item for index, items in _paged(spec).items() for item in items}
+    parts: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for key, values in tensors.items():
+        match = _KEY.fullmatch(key)
+        place = (int(match["layer"]), match["field"]) if match else None
+        if match is None or place is None or place not in fields:
+            raise Corrupted(f"{path}: '{key}' is not the frame of any cache field of this model; measure it again")
+        _check(path, key, values, fields[place], positive=match["part"] == "scale")
+        parts.setdefault(place, {})[match["part"]] = values
+    measured = {place: Frame(found.get("centre"), found.get("scale")) for place, found in parts.items()}
+    return Frames(measured, provenance)
+
+
 def _grouped(values_HD: torch.Tensor, query_heads: int) -> torch.Tensor:
     """Repeat each kv head's values for the query heads that share it: [H, D] -> [Q, D]."""
     return values_HD.repeat_interleave(query_heads // values_HD.shape[0], 0)
+
+
+def _paged(spec: ModelSpec) -> dict[int, tuple[Field, ...]]:
+    """Return the fields of every paged layer, the draft's layers after the model's own."""
+    layers = enumerate((*spec.layers, *spec.draft_layers))
+    return {index: layer.fields for index, layer in layers if isinstance(layer, Paged)}
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise Refused(f"{path} is not a file: frames are made by 'truekv calibrate'")
+    try:
+        with cast("Any", safe_open)(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Corrupted(f"{path} cannot be read as frames ({error}): measure them again") from error
+
+
+def _provenance(path: Path | str, metadata: dict[str, str]) -> Provenance:
+    version = metadata.get("version")
+    if version != str(VERSION):
+        raise Refused(
+            f"{path} holds frames of version {version}, but this truekv reads version {VERSION}: measure again"
+        )
+    try:
+        values = json.loads(metadata["provenance"])
+        return Provenance(**cast("dict[str, Any]", values))
+    except (KeyError, TypeError, ValueError) as error:
+        raise Corrupted(f"{path} does not say where its frames come from: measure them again") from error
+
+
+def _check(path: Path | str, key: str, values: torch.Tensor, item: Field, *, positive: bool) -> None:
+    shape = (item.heads, item.dim)
+    if tuple(values.shape) != shape or values.dtype != torch.float32:
+        raise Corrupted(
+            f"{path}: '{key}' is {values.dtype} of shape {tuple(values.shape)}, but this model needs float32 {shape}: "
+            "measure the frames again"
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise Corrupted(f"{path}: '{key}' holds NaN or infinity: measure the frames again")
+    if positive and not bool((values > 0).all()):
+        raise Corrupted(f"{path}: '{key}' holds a scale that is not positive: measure the frames again")

@@ -15,7 +15,8 @@ HALF_STEP: Final = 2.0**-24
 
 def finite(rows: torch.Tensor) -> torch.Tensor:
     """Return rows as float32, or raise Corrupted if any of them is NaN or infinite."""
-    if not bool(torch.isfinite(rows).all()):
+    # One pass over the rows: a maximum carries NaN along.
+    if rows.numel() and not bool(torch.isfinite(rows.abs().amax())):
         # A NaN that enters the cache comes back as fluent nonsense many tokens later.
         bad = int((~torch.isfinite(rows)).any(-1).sum())
         raise Corrupted(
@@ -59,10 +60,9 @@ def on_grid(rows: torch.Tensor) -> torch.Tensor:
     Sums of up to 1024 such numbers, of either sign, are exact in float64: every order of addition, every
     library and every device gives the same result, and a row's does not depend on the rest of the batch.
     """
-    wide = rows.double()
     # Adding and subtracting 2^12 times the largest leaves what a float64 of that size can hold.
-    shift = wide.abs().amax(-1, keepdim=True) * 4096.0
-    return (wide + shift) - shift
+    shift = rows.abs().amax(-1, keepdim=True).double() * 4096.0
+    return rows.to(torch.float64, copy=True).add_(shift).sub_(shift)
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:
@@ -78,9 +78,10 @@ def split(values: torch.Tensor, width: int) -> torch.Tensor:
 def fold(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack [..., dim] codes into [..., dim * bits / 8] bytes, each of 8 / bits equal parts of the row."""
     parts = split(codes, codes.shape[-1] * bits // 8)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    # The parts share no bit, so their sum is their union.
-    return (parts << shifts[:, None]).sum(-2, dtype=torch.uint8)
+    packed = parts[..., 0, :]
+    for part in range(1, 8 // bits):
+        packed = packed | (parts[..., part, :] << (part * bits))
+    return packed
 
 
 def unfold(data: torch.Tensor, bits: int) -> torch.Tensor:
