@@ -2,7 +2,7 @@
 
 Legend: B rows of the batch, T new tokens, Q longest chunk, W pages in the table, P tokens a page,
 H query heads, K kv heads, G = H / K query heads per kv head, M = G * Q rounded up to TILE,
-S keys of one block, D dim of a key row, V dim of a value row.
+L blocks read at once, S keys of one block, D dim of a key row, V dim of a value row.
 
 Every result depends on nothing but its own row: keys are taken in blocks that start at fixed
 positions, so the sums run in one order whatever the chunking, the companions or the table's width.
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 # the query rows padded to a multiple of this, one token alone and the same token in a chunk agree.
 TILE = 16
 BLOCK = 128
-"""Keys per step of the softmax; fixed, because it fixes the order of every sum."""
+"""Keys of one softmax block; fixed, because it fixes the order of every sum."""
+# Scores held at once, to bound what long contexts and long chunks materialise (16 MiB).
+_SCORES = 1 << 22
 
 
 def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
@@ -77,43 +79,53 @@ def attend(
     """
     scored = [item for item in fields if item.field.role in {"key", "both"}]
     value = next(item for item in fields if item.field.role in {"value", "both"})
-    heads = value.field.heads
+    heads, device = value.field.heads, step.position.device
     batch, longest = step.gather.shape
     group = queries[0].shape[1] // heads
-    q_BKMD = [_by_kv_head(query, heads, step) for query in queries]
-    query_position = step.position[:, None] + torch.arange(longest, device=step.position.device)
-    position_BM1 = _padded(query_position.repeat(1, group), dim=1)[..., None]
-    end_B11 = (step.position + step.count)[:, None, None]
+    q_BK1MD = [_by_kv_head(query, heads, step)[:, :, None] for query in queries]
+    query_position = step.position[:, None] + torch.arange(longest, device=device)
+    position_B1M1 = _padded(query_position.repeat(1, group), dim=1)[:, None, :, None]
+    end_B111 = (step.position + step.count)[:, None, None, None]
 
-    size = (batch, heads, q_BKMD[0].shape[2])
-    highest_BKM = torch.full(size, -torch.inf, device=step.position.device)
-    total_BKM = torch.zeros_like(highest_BKM)
-    mean_BKMV = torch.zeros(*size, value.field.dim, device=step.position.device)
-    for start, pages_BW in _blocks(step.pages, value.page_tokens):
-        rows = {item.field.name: _read(item, pages_BW) for item in fields}
-        key_position = start + torch.arange(rows[value.field.name].shape[2], device=step.position.device)
-        seen_BMS = key_position <= position_BM1
+    size = (batch, heads, q_BK1MD[0].shape[3])
+    highest_BKM = torch.full(size, -torch.inf, device=device)
+    total_BKM = torch.zeros(size, device=device)
+    mean_BKMV = torch.zeros(*size, value.field.dim, device=device)
+    blocks = max(1, _SCORES // (highest_BKM.numel() * BLOCK))
+    for start, pages_BP in _spans(step.pages, blocks, value.page_tokens):
+        rows = {item.field.name: _read(item, pages_BP) for item in fields}
+        count = pages_BP.shape[1] * value.page_tokens // BLOCK
+        key_position_L1S = start + torch.arange(count * BLOCK, device=device).view(count, 1, BLOCK)
+        seen_BLMS = key_position_L1S <= position_B1M1
         if window is not None:
-            seen_BMS &= key_position > position_BM1 - window
-        written_B1S = key_position < end_B11
-        score_BKMS = torch.zeros((), device=step.position.device)
-        for q, item in zip(q_BKMD, scored, strict=True):
-            score_BKMS = score_BKMS + q @ rows[item.field.name].transpose(-1, -2)
+            seen_BLMS &= key_position_L1S > position_B1M1 - window
+        written_BL1S = key_position_L1S < end_B111
+        score_BKLMS = torch.zeros((), device=device)
+        for q, item in zip(q_BK1MD, scored, strict=True):
+            score_BKLMS = score_BKLMS + q @ rows[item.field.name].transpose(-1, -2)
         # Lines that nobody wrote may hold anything, NaN included: replaced, not multiplied by zero.
-        score_BKMS = (score_BKMS * scale).masked_fill(~(seen_BMS & written_B1S)[:, None], -torch.inf)
-        v_BKSV = rows[value.field.name].masked_fill(~written_B1S[..., None], 0.0)
+        score_BKLMS = (score_BKLMS * scale).masked_fill(~(seen_BLMS & written_BL1S)[:, None], -torch.inf)
+        v_BKLSV = rows[value.field.name].masked_fill(~written_BL1S.transpose(2, 3)[:, None], 0.0)
 
-        raised_BKM = torch.maximum(highest_BKM, score_BKMS.amax(-1))
-        # While a query has seen no key its maximum is -inf, and inf - inf is not a number.
-        finite_BKM = raised_BKM.masked_fill(raised_BKM == -torch.inf, 0.0)
-        weight_BKMS = torch.exp(score_BKMS - finite_BKM[..., None])
-        shrink_BKM = torch.exp(highest_BKM - finite_BKM)
-        total_BKM = total_BKM * shrink_BKM + weight_BKMS.sum(-1)
-        mean_BKMV = mean_BKMV * shrink_BKM[..., None] + weight_BKMS @ v_BKSV
-        highest_BKM = raised_BKM
+        top_BKLM = score_BKLMS.amax(-1)
+        weight_BKLMS = torch.exp(score_BKLMS - _finite(top_BKLM)[..., None])
+        sum_BKLM = weight_BKLMS.sum(-1)
+        weighted_BKLMV = weight_BKLMS @ v_BKLSV
+        # One block after the other, so that the order does not depend on how many are read at once.
+        for top, part, weighted in zip(top_BKLM.unbind(2), sum_BKLM.unbind(2), weighted_BKLMV.unbind(2), strict=True):
+            raised_BKM = torch.maximum(highest_BKM, top)
+            old, new = torch.exp(highest_BKM - _finite(raised_BKM)), torch.exp(top - _finite(raised_BKM))
+            total_BKM = total_BKM * old + part * new
+            mean_BKMV = mean_BKMV * old[..., None] + weighted * new[..., None]
+            highest_BKM = raised_BKM
     out_BKMV = (mean_BKMV / total_BKM[..., None])[:, :, : group * longest]
     out_BQKGV = out_BKMV.reshape(batch, heads, group, longest, value.field.dim).permute(0, 3, 1, 2, 4)
     return out_BQKGV[step.owner, step.offset].flatten(1, 2).to(queries[0].dtype)
+
+
+def _finite(top: torch.Tensor) -> torch.Tensor:
+    """Replace the maximum of no keys, -inf, by 0: inf - inf is not a number."""
+    return top.masked_fill(top == -torch.inf, 0.0)
 
 
 def _by_kv_head(q_THD: torch.Tensor, heads: int, step: Step) -> torch.Tensor:
@@ -130,16 +142,17 @@ def _padded(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([x, x.new_zeros(shape)], dim)
 
 
-def _blocks(pages_BW: torch.Tensor, page_tokens: int) -> list[tuple[int, torch.Tensor]]:
-    """Cut a page table into (first position, pages [B, BLOCK / P]); the last block repeats its last page."""
+def _spans(pages_BW: torch.Tensor, blocks: int, page_tokens: int) -> list[tuple[int, torch.Tensor]]:
+    """Cut a page table into (first position, pages of up to so many blocks); the last block repeats its last page."""
     per_block = BLOCK // page_tokens
     width = pages_BW.shape[1]
-    missing = -width % per_block
-    padded = torch.cat([pages_BW, pages_BW[:, -1:].expand(-1, missing)], 1)
-    return [(start * page_tokens, padded[:, start : start + per_block]) for start in range(0, width, per_block)]
+    padded = torch.cat([pages_BW, pages_BW[:, -1:].expand(-1, -width % per_block)], 1)
+    step = blocks * per_block
+    return [(start * page_tokens, padded[:, start : start + step]) for start in range(0, width, step)]
 
 
-def _read(stored: Stored, pages_BW: torch.Tensor) -> torch.Tensor:
-    """Decode the rows of some pages to float32 [B, K, S, D]."""
-    data = [plane[pages_BW].transpose(1, 2).flatten(2, 3) for plane in planes(stored)]
-    return stored.format.decode(torch.cat(data, -1), stored.field.dim)
+def _read(stored: Stored, pages_BP: torch.Tensor) -> torch.Tensor:
+    """Decode the rows of some pages to float32 [B, K, L, S, D]."""
+    data = torch.cat([plane[pages_BP].transpose(1, 2).flatten(2, 3) for plane in planes(stored)], -1)
+    blocks = data.view(*data.shape[:2], -1, BLOCK, data.shape[-1])
+    return stored.format.decode(blocks, stored.field.dim)
