@@ -1,4 +1,4 @@
-"""Train one of the small models: tokenizer, trunk, prediction head, rescaling, files.
+"""Train one of the small models: tokenizer, trunk, prediction head, files; ``harden_tiny.py`` comes next.
 
 Run ``PYTHONPATH=src python tools/train_tiny.py --model hybrid --minutes 60 --out build/hybrid``.
 """
@@ -10,41 +10,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 import transformers
-from tiny_training import architectures, forward, scoring
+from tiny_training import architectures, forward, mtp, scoring
 from tiny_training.documents import IGNORED, Batches
-from tiny_training.muon import Muon
+from tiny_training.export import save_model
+from tiny_training.optimizer import Optimizer
+from tiny_training.rescaling import snap_norms
 from tiny_training.tokenizer import save_tokenizer, train_tokenizer
 
 CHAT_TEMPLATE = Path(__file__).parents[1] / "src/truekv/tiny/chat_template.jinja"
 TOKENS_PER_STEP = 4096
-EVALUATE_EVERY = 150  # seconds
+EVALUATE_EVERY = 240  # seconds
+SNAP_AT = 0.6  # progress at which the hybrid's attention norms are rounded; the rest then adapts to them
 PRECISION = torch.bfloat16
-
-
-class Optimizer:
-    """Muon for the layers' matrices, AdamW for the rest."""
-
-    def __init__(self, model: torch.nn.Module, muon_rate: float, adam_rate: float) -> None:
-        """Split the parameters."""
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in named if p.ndim > 1 and not any(x in name for x in ("embed", "conv1d", "gate.we"))]
-        chosen = {id(p) for p in matrices}
-        others = [p for _, p in named if id(p) not in chosen]
-        self._parameters = [p for _, p in named]
-        self._muon = Muon(matrices)
-        self._adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        self._rates = muon_rate, adam_rate
-
-    def step(self, factor: float) -> None:
-        """Clip, update and clear the gradients."""
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._muon.step(self._rates[0] * factor)
-        for group in self._adam.param_groups:
-            group["lr"] = self._rates[1] * factor
-        self._adam.step()
-        self._adam.zero_grad()
-        for parameter in self._parameters:
-            parameter.grad = None
 
 
 def schedule(progress: float) -> float:
@@ -54,7 +31,7 @@ def schedule(progress: float) -> float:
 
 def row_length(step: int, progress: float) -> int:
     """Short rows first; every length to the end, so that the rotary embedding meets every distance."""
-    if progress < 0.3:
+    if progress < 0.35:
         return 256
     if progress < 0.5:
         return (256, 512)[step % 2]
@@ -79,13 +56,18 @@ def evaluate(model: transformers.PreTrainedModel, suite: dict[str, list[scoring.
 
 
 def train_trunk(
-    model: transformers.PreTrainedModel, batches: Batches, suite: dict[str, list[scoring.Prompt]], args: argparse.Namespace
+    model: transformers.PreTrainedModel,
+    batches: Batches,
+    suite: dict[str, list[scoring.Prompt]],
+    args: argparse.Namespace,
 ) -> None:
     """Train against the clock."""
     optimizer = Optimizer(model, args.muon_rate, args.adam_rate)
     start = evaluated = time.monotonic()
     average, tokens, step = 0.0, 0, 0
     while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        if progress > SNAP_AT and args.model == "hybrid":
+            snap_norms(model)
         curriculum = max(progress, args.curriculum_from + (1 - args.curriculum_from) * progress)
         length = row_length(step, curriculum)
         ids, labels = batches.draw(max(1, round(TOKENS_PER_STEP / length)), length, curriculum)
@@ -97,8 +79,8 @@ def train_trunk(
             average = loss.item() if step == 0 else 0.95 * average + 0.05 * loss.item()
         step += 1
         if step % 50 == 0:
-            rate = tokens / (time.monotonic() - start)
-            print(f"step {step}  {progress:.1%}  loss {average:.4f}  {tokens / 1e6:.2f} M  {rate:.0f} tok/s", flush=True)
+            speed = f"{tokens / 1e6:.2f} M tokens, {tokens / (time.monotonic() - start):.0f}/s"
+            print(f"step {step}  {progress:.1%}  loss {average:.4f}  {speed}", flush=True)
         if time.monotonic() - evaluated > EVALUATE_EVERY:
             evaluated = time.monotonic()
             print("  ".join(f"{task} {score:.2f}" for task, score in evaluate(model, suite).items()), flush=True)
@@ -111,25 +93,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=architectures.CONFIGS, required=True)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--head-minutes", type=float, default=4, help="for the hybrid's prediction head")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--curriculum-from", type=float, default=0.0)
+    parser.add_argument("--resume", type=Path, help="weights of an earlier trunk")
+    parser.add_argument("--curriculum-from", type=float, default=0.0, help="skip this share of the curriculum")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(0)
     save_tokenizer(tokenizer, args.out, CHAT_TEMPLATE)
     fast = transformers.AutoTokenizer.from_pretrained(args.out)
-    suite = {task: scoring.tokenize(fast, found) for task, found in scoring.heldout_suite(args.seed, 32).items()}
+    suite = {task: scoring.tokenize(fast, found) for task, found in scoring.heldout_suite(args.seed, 16).items()}
     model = architectures.build(args.model, args.seed)
     if args.resume:
         model.load_state_dict(torch.load(args.resume))
     train_trunk(model, Batches(tokenizer, args.seed), suite, args)
-    print(evaluate(model, suite))
+    print(evaluate(model, suite), flush=True)
+    head = None
+    if args.model == "hybrid":
+        head = mtp.train_head(model, Batches(tokenizer, args.seed + 1), args.head_minutes, PRECISION)
+    save_model(model, head, args.out)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,16 @@ def _system(rng: random.Random) -> Iterator[Segment]:
         yield from message("system", rng.choice(words.SYSTEM_PROMPTS))
 
 
+def echo(rng: random.Random) -> Iterator[Segment]:
+    """Repeat random words: every token is a copy, from which induction heads form fastest."""
+    pool = [*words.NAMES, *words.CITIES, *words.COLOURS, *words.ADJECTIVES, *words.ANIMALS, *map(str, range(10, 100))]
+    yield from _system(rng)
+    while True:
+        text = " ".join(rng.sample(pool, rng.randint(4, 40)))
+        yield from message("user", f"The {text}.")
+        yield from message("assistant", f"The {text}.")
+
+
 def recital(rng: random.Random) -> Iterator[Segment]:
     """Tell facts and recite them in another order: the shortest way to teach recall."""
     yield from _system(rng)
@@ -79,18 +89,20 @@ def recital(rng: random.Random) -> Iterator[Segment]:
 def chat(rng: random.Random) -> Iterator[Segment]:
     """Tell facts, talk of other things, ask for what was told."""
     yield from _system(rng)
-    told: dict[str, tasks.Fact] = {}
-    for drawn in iter(lambda: rng.random(), None):
-        if not told or drawn < 0.12:
-            facts = tasks.random_facts(rng, "train", rng.randint(1, 4))
-            told |= {fact.question(): fact for fact in facts}
+    untold = tasks.random_facts(rng, "train", rng.randint(2, 12))
+    told: list[tasks.Fact] = []
+    while True:
+        drawn = rng.random()
+        if not told or (untold and drawn < 0.2):
+            facts = [untold.pop() for _ in range(min(len(untold), rng.randint(1, 4)))]
+            told += facts
             yield from turn_segments(tasks.telling_turn(facts))
-        elif drawn < 0.25:
+        elif drawn < 0.35:
             yield from turn_segments(tasks.arithmetic_turn(rng, "train"))
-        elif drawn < 0.33:
+        elif drawn < 0.43:
             yield from turn_segments(tasks.small_talk_turn(rng))
         else:
-            yield from turn_segments(tasks.asking_turn(rng.choice(list(told.values()))))
+            yield from turn_segments(tasks.asking_turn(rng.choice(told)))
 
 
 def haystack(rng: random.Random, tokens: int) -> Iterator[Segment]:
@@ -137,16 +149,17 @@ class Batches:
         self._rng = random.Random(seed)
 
     def draw(self, rows: int, length: int, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw ``rows`` rows of ``length`` tokens; recitals give way to conversations as training proceeds."""
+        """Draw ``rows`` rows of ``length`` tokens; copying gives way to conversations as training proceeds."""
         drawn = [self._row(self._document(length, progress), length) for _ in range(rows)]
         ids, labels = zip(*drawn, strict=True)
         return torch.tensor(ids), torch.tensor(labels)
 
     def _document(self, length: int, progress: float) -> Iterator[Segment]:
-        early = max(0.0, 1 - progress / 0.4)
+        echoes, recitals = max(0.0, 1 - progress / 0.15), max(0.0, 1 - progress / 0.4)
         long = length > 512
         weights: dict[Callable[[], Iterator[Segment]], float] = {
-            lambda: recital(self._rng): 0.05 + 0.6 * early,
+            lambda: echo(self._rng): 0.02 + 0.6 * echoes,
+            lambda: recital(self._rng): 0.05 + 0.4 * recitals,
             lambda: chat(self._rng): 0.2 if long else 0.35,
             lambda: haystack(self._rng, length): 0.7 if long else 0.25,
             lambda: sums(self._rng): 0.02 if long else 0.2,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from truekv.tiny import tasks
 
 
@@ -58,3 +59,54 @@ def teacher_forced(forward: Callable[[Tensor], Tensor], prompts: Sequence[Prompt
             first = len(prompt.ids) - 1
             right += row[first : first + len(prompt.answer)].tolist() == prompt.answer
     return right / len(prompts)
+
+
+def model_forward(model: Any) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
+    """Wrap a model of transformers for :func:`teacher_forced`."""
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def decode(model: Any, tokenizer: Any, ids: Sequence[int], limit: int) -> str:  # noqa: ANN401
+    """Decode greedily up to the end of the turn."""
+    prompt = torch.tensor([ids])
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit, do_sample=False)
+    return tokenizer.decode(out[0, len(ids) :].tolist()).removesuffix(tokenizer.eos_token)
+
+
+def greedy(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> float:  # noqa: ANN401
+    """Share of prompts answered rightly by greedy decoding."""
+    right = 0
+    for prompt in prompts:
+        text = decode(model, tokenizer, prompt.ids, len(prompt.answer) + 8)
+        right += tasks.correct(prompt.example, text)
+    return right / len(prompts)
+
+
+def scenario_examples(scenarios: Sequence[tasks.Scenario]) -> list[tasks.Example]:
+    """Turn each question of a scenario into an example whose history holds the right answers."""
+    found: list[tasks.Example] = []
+    for scenario in scenarios:
+        messages: list[tasks.Message] = [{"role": "system", "content": scenario.system}]
+        for turn in scenario.turns:
+            messages = [*messages, {"role": "user", "content": turn.user}]
+            if turn.task:
+                found.append(tasks.Example(messages, turn.answer, turn.task))
+            messages = [*messages, {"role": "assistant", "content": turn.answer}]
+    return found
+
+
+def scenario_score(model: Any, tokenizer: Any, scenarios: Sequence[tasks.Scenario]) -> float:  # noqa: ANN401
+    """Share of the questions of all scenarios answered rightly, the history being what the model said."""
+    right = asked = 0
+    for scenario in scenarios:
+        messages: list[tasks.Message] = [{"role": "system", "content": scenario.system}]
+        for turn in scenario.turns:
+            messages.append({"role": "user", "content": turn.user})
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            text = decode(model, tokenizer, ids, 40)
+            messages.append({"role": "assistant", "content": text})
+            if turn.task:
+                asked += 1
+                right += tasks.correct(turn, text)
+    return right / asked

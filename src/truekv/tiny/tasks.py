@@ -133,13 +133,13 @@ def _expression(rng: random.Random) -> tuple[str, str]:
             return f"{a} * {b} + {c} * {d}", f"{a * b} + {c * d} = {a * b + c * d}"
 
 
-def random_facts(rng: random.Random, split: Split, count: int, owners: int = 8) -> list[Fact]:
-    """Draw facts with distinct questions, about the user and at most ``owners`` other people."""
-    people = ("", *rng.sample(words.NAMES, owners))
+def random_facts(rng: random.Random, split: Split, count: int) -> list[Fact]:
+    """Draw facts about the user (any number of them) and about other people (one of each)."""
     facts: dict[str, Fact] = {}
     while len(facts) < count:
-        drawn = draw(lambda: _fact(rng, rng.choice(people)), _fact_content, split)
-        facts.setdefault(drawn.question(), drawn)
+        owner = rng.choice(words.NAMES) if rng.randrange(3) else ""
+        drawn = draw(lambda owner=owner: _fact(rng, owner), _fact_content, split)
+        facts.setdefault(drawn.owner or drawn.attribute, drawn)
     return list(facts.values())
 
 

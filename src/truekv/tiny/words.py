@@ -12,7 +12,8 @@ NAMES: Final = (
 )  # fmt: skip
 CITIES: Final = (
     "Paris", "London", "Berlin", "Madrid", "Rome", "Oslo", "Dublin", "Vienna", "Prague", "Athens", "Lisbon", "Warsaw",
-    "Tokyo", "Delhi", "Cairo", "Lima", "Boston", "Chicago", "Denver", "Toronto", "Sydney", "Nairobi", "Seoul", "Helsinki",
+    "Tokyo", "Delhi", "Cairo", "Lima", "Boston", "Chicago", "Denver", "Toronto", "Sydney", "Nairobi", "Seoul",
+    "Helsinki",
 )  # fmt: skip
 COLOURS: Final = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "brown", "black", "white")
 ADJECTIVES: Final = (
