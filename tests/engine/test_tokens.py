@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,9 @@ from tokenizers import decoders, models
 
 from truekv import Refused
 from truekv.engine.tokens import StopStrings, TextStream, Tokenizer, end_tokens, read_object
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TOKENIZER = Tokenizer(byte_tokenizer())
 
@@ -64,7 +68,7 @@ def test_special_tokens_are_not_text() -> None:
 
 def test_a_word_keeps_its_space_after_the_prompt_and_after_a_special_token() -> None:
     # SentencePiece decoders strip the space of the first token they see.
-    library = Library(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "<s>": 2}, unk_token="<s>"))
+    library = Library(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "<s>": 2}, "<s>"))
     library.decoder = decoders.Metaspace()
     library.add_special_tokens(["<s>"])
     tokenizer = Tokenizer(library)
@@ -114,7 +118,7 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert watch.flush() == "</answer"
 
 
-def test_end_tokens_come_from_the_generation_config_first(tmp_path) -> None:
+def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     assert end_tokens(tmp_path, None) == {7}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [8, 9]}}))
@@ -125,7 +129,7 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path) -> None:
     assert end_tokens(tmp_path, TOKENIZER) == {3, 4, TOKENIZER.find(SPECIAL[2])}
 
 
-def test_a_tokenizer_never_truncates_or_pads(tmp_path) -> None:
+def test_a_tokenizer_never_truncates_or_pads(tmp_path: Path) -> None:
     library = byte_tokenizer()
     library.enable_truncation(4)
     library.enable_padding(length=8)
@@ -135,7 +139,7 @@ def test_a_tokenizer_never_truncates_or_pads(tmp_path) -> None:
     assert tokenizer.decode(tokenizer.encode("a longer text", add_special_tokens=True)) == "a longer text"
 
 
-def test_damaged_files_are_refused(tmp_path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     assert Tokenizer.open(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(Refused, match=r"tokenizer.json cannot be read as a tokenizer"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
@@ -78,10 +78,15 @@ def _healthy(
     chunks: Sequence[Chunk], wanted: Sequence[int], hidden_TH: torch.Tensor, logits_NV: torch.Tensor
 ) -> list[bool]:
     """Whether every residual and every logit of each chunk is finite."""
-    # The sum over a row is finite only if every term is: one reduction and one transfer for the whole step.
-    hidden = torch.isfinite(hidden_TH).all(dim=-1).cpu().split([len(chunk.tokens) for chunk in chunks])
-    logits = torch.isfinite(logits_NV).all(dim=-1).split(list(wanted))
-    return [bool(a.all()) and bool(b.all()) for a, b in zip(hidden, logits, strict=True)]
+    sound_T = cast("list[bool]", torch.isfinite(hidden_TH).all(dim=-1).tolist())
+    sound_N = cast("list[bool]", torch.isfinite(logits_NV).all(dim=-1).tolist())
+    healthy: list[bool] = []
+    token = row = 0
+    for chunk, count in zip(chunks, wanted, strict=True):
+        healthy.append(all(sound_T[token : token + len(chunk.tokens)]) and all(sound_N[row : row + count]))
+        token += len(chunk.tokens)
+        row += count
+    return healthy
 
 
 def _sentence(chunk: Chunk) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from truekv.core.spec import ModelSpec
     from truekv.engine.generate import Engine
     from truekv.engine.tokens import Tokenizer
-    from truekv.formats.frame import Frame
+    from truekv.formats.frame import Frames
     from truekv.kernels.table import Kernels
     from truekv.memory.plan import MemoryPlan
     from truekv.models.weights import Checkpoint
@@ -26,7 +26,6 @@ EMBEDDED: Final = ("tiny-hybrid", "tiny-mla", "tiny-dense")
 """Models that come with the package; their names work wherever a model is named."""
 FRAMES_FILE: Final = "kv_cache_frames.safetensors"
 
-Frames = dict[tuple[int, str], "Frame"]
 Formats = tuple["tuple[CacheFormat, ...] | None", ...]
 
 
@@ -38,7 +37,7 @@ class Blueprint:
     options: EngineOptions
     dtype: str
     formats: Formats
-    measured: Frames
+    frames: Frames
     kernels: Kernels
     plan: MemoryPlan
     tokenizer: Tokenizer | None
@@ -94,7 +93,7 @@ def build(blueprint: Blueprint) -> Engine:
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
     model = checkpoint.load(blueprint.dtype)
-    arena = Arena(model.spec, plan, blueprint.kernels, blueprint.measured, poison=options.debug_poison)
+    arena = Arena(model.spec, plan, blueprint.kernels, blueprint.frames, poison=options.debug_poison)
     schedule = Schedule(
         pages=plan.pages,
         page_tokens=plan.page_tokens,
@@ -128,25 +127,12 @@ def _permit(spec: ModelSpec, formats: Formats, measured: Frames, model: str) -> 
         raise Refused(verdict.reason)
 
 
-def describe(blueprint: Blueprint) -> dict[str, Any]:
-    """Return what memory really stores, as JSON: format and bytes of every layer, then the sums."""
-    plan = blueprint.plan
+def effective(blueprint: Blueprint) -> dict[str, Any]:
+    """Return what memory really stores, as the JSON of `truekv plan`, with the frames and kernels in use."""
+    from truekv.serve.plan import describe
+
     return {
-        "layers": [
-            {
-                "index": layer.index,
-                "kind": layer.kind,
-                "formats": {name: chosen.name for name, chosen, _ in layer.fields},
-                "bytes_per_token": layer.bytes_per_token,
-                "state_bytes": layer.state_bytes + layer.log_bytes,
-            }
-            for layer in (*plan.layers, *plan.draft_layers)
-        ],
-        "page_tokens": plan.page_tokens,
-        "page_bytes": plan.page_bytes,
-        "pages": plan.pages,
-        "state_bytes_per_sequence": plan.state_bytes_per_sequence,
-        "total_bytes": plan.total_bytes,
-        "measured": sorted(f"{index}.{name}" for index, name in blueprint.measured),
-        "kernels": blueprint.kernels.backend,
+        **describe(blueprint.plan),
+        "measured": sorted(f"{index}.{name}" for index, name in blueprint.frames),
+        "kernels": dict(blueprint.kernels.describe()),
     }

@@ -96,7 +96,7 @@ class LLM:
         `options`: the fields of EngineOptions. Raises Refused or Corrupted with one sentence, before
         weights are read wherever that is possible.
         """
-        from truekv.serve.assemble import build, describe, design
+        from truekv.serve.assemble import build, design, effective
 
         fields = {name: name for name in EngineKeywords.__annotations__}
         for name in options:
@@ -104,7 +104,7 @@ class LLM:
         self.model = model
         self._blueprint = design(model, EngineOptions(**options))
         self._engine: Engine = build(self._blueprint)
-        self._plan = describe(self._blueprint)
+        self._plan = effective(self._blueprint)
 
     @classmethod
     def open(cls, model: str, options: EngineOptions) -> LLM:
@@ -113,7 +113,7 @@ class LLM:
 
     @property
     def kv_plan(self) -> dict[str, Any]:
-        """Effective format and bytes of every layer, pages and capacity: the JSON of `truekv plan`."""
+        """Effective format and bytes of every layer, pages, capacity and kernels."""
         return self._plan
 
     @property

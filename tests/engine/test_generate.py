@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from truekv import LLM, Corrupted, Refused, SamplingParams
+from truekv.core.batch import Chunk
+from truekv.engine.generate import Ended, Failed, Sampled, Stored
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from truekv.engine.generate import Engine
+
+PROMPTS = [list(range(10, 50)), [7], list(range(200, 135, -1)), [5, 6, 5, 6, 5, 6, 9]]
+FREE = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=20)
+
+
+def engine_of(llm: LLM) -> Engine:
+    return llm._engine
+
+
+def assert_all_returned(llm: LLM) -> None:
+    engine = engine_of(llm)
+    arena = engine.runner.arena
+    arena.check()
+    assert (arena.free_pages, arena.free_slots, arena.held_pages) == (arena.plan.pages, arena.plan.slots, 0)
+    assert not engine.schedule.running
+    assert not engine.schedule.waiting
+    assert not engine._answers
+
+
+@pytest.fixture(scope="module", params=["dense", "hybrid"])
+def directory(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module", params=["f32", "int8"])
+def llm(directory: Path, request: pytest.FixtureRequest) -> LLM:
+    return LLM(str(directory), kv_cache_dtype=request.param, max_model_len=128, debug_poison=True)
+
+
+def bar(llm: LLM) -> float:
+    """How far logits may be apart when a matrix product sums its rows in another order, as torch's do.
+
+    The order alone is worth 1e-5; with int8 it can push a value over a rounding border, worth 1e-3 here.
+    """
+    return 1e-4 if llm.options.kv_cache_dtype == "f32" else 1e-2
+
+
+def rows_of(result: object) -> torch.Tensor:
+    """The reported logprobs of each position as [positions, 20], ordered by token."""
+    return torch.tensor([[item.logprob for item in place.top] for place in result.logprobs])
+
+
+def test_greedy_is_the_argmax_of_teacher_forced_logits(llm: LLM) -> None:
+    for prompt, result in zip(PROMPTS, llm.generate(PROMPTS, FREE), strict=True):
+        logits = llm.logits(prompt + result.tokens)[len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == result.tokens
+        logprobs = torch.log_softmax(logits, -1)
+        for row, place in zip(logprobs, result.logprobs, strict=True):
+            assert place.chosen.logprob == pytest.approx(float(row[place.chosen.token]), abs=5e-3)
+            for item in place.top:
+                assert item.logprob == pytest.approx(float(row[item.token]), abs=5e-3)
+            assert sum(item.logprob for item in place.top) == pytest.approx(float(row.topk(20).values.sum()), abs=0.05)
+    assert_all_returned(llm)
+
+
+def test_a_batch_is_its_prompts_one_by_one(llm: LLM) -> None:
+    together = llm.generate(PROMPTS, FREE)
+    alone = [llm.generate(prompt, FREE)[0] for prompt in PROMPTS]
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+    # Tokens alone would not show a small leak between rows; the numbers behind them do.
+    for first, second in zip(together, alone, strict=True):
+        assert (rows_of(first) - rows_of(second)).abs().max() < bar(llm)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 32, 33, [31, 2, 5]])
+def test_any_chunks_give_the_same_logits(llm: LLM, chunk: int | list[int]) -> None:
+    tokens = PROMPTS[2]
+    whole = llm.logits(tokens, chunk=len(tokens))
+    assert whole.shape == (len(tokens), 320)
+    assert whole.dtype == torch.float32
+    assert (llm.logits(tokens, chunk=chunk) - whole).abs().max() < bar(llm)
+    assert_all_returned(llm)
+
+
+def test_small_steps_change_no_answer(directory: Path) -> None:
+    wide = LLM(str(directory), max_model_len=128)
+    narrow = LLM(str(directory), max_model_len=128, max_num_batched_tokens=5, max_num_seqs=2)
+    for first, second in zip(wide.generate(PROMPTS, FREE), narrow.generate(PROMPTS, FREE), strict=True):
+        assert first.tokens == second.tokens
+        assert (rows_of(first) - rows_of(second)).abs().max() < 2e-4
+    assert_all_returned(narrow)
+
+
+def test_the_same_seed_gives_the_same_tokens_in_any_company(llm: LLM) -> None:
+    def params(seed: int) -> SamplingParams:
+        return SamplingParams(max_tokens=12, temperature=1.2, top_p=0.95, seed=seed, ignore_eos=True)
+
+    alone = llm.generate(PROMPTS[0], params(5))[0]
+    company = llm.generate(
+        [PROMPTS[2], PROMPTS[0], PROMPTS[0], PROMPTS[1]], [params(5), params(6), params(5), params(5)]
+    )
+    assert company[2].tokens == alone.tokens
+    assert company[1].tokens != alone.tokens
+    assert alone.seed == 5
+    drawn = llm.generate(PROMPTS[0], SamplingParams(max_tokens=12, temperature=1.2, ignore_eos=True))[0]
+    assert drawn.seed is not None
+    again = SamplingParams(max_tokens=12, temperature=1.2, ignore_eos=True, seed=drawn.seed)
+    assert llm.generate(PROMPTS[0], again)[0].tokens == drawn.tokens
+
+
+def test_drafts_are_verified_with_logits_for_every_token(directory: Path) -> None:
+    llm = LLM(str(directory), max_model_len=128, num_speculative_tokens=3, debug_poison=True)
+    runner, tokens = engine_of(llm).runner, PROMPTS[0]
+    expected = llm.logits(tokens)
+    for accepted in range(4):
+        held = runner.arena.open()
+        runner.step([Chunk(held, tokens[:20])], [0])
+        # The guesses are right up to the accepted one; what was rejected must leave no trace.
+        guesses = [token if place < accepted else 1 for place, token in enumerate(tokens[21:24])]
+        (logits,) = runner.step([Chunk(held, [tokens[20], *guesses], drafts=3)], [4])
+        assert not isinstance(logits, Corrupted)
+        assert (logits[: accepted + 1] - expected[20 : 21 + accepted]).abs().max() < 1e-4
+        runner.arena.advance(held, 1 + accepted)
+        (rest,) = runner.step([Chunk(held, tokens[21 + accepted :])], [len(tokens) - 21 - accepted])
+        assert not isinstance(rest, Corrupted)
+        assert (rest - expected[21 + accepted :]).abs().max() < 1e-4
+        runner.arena.close(held)
+    assert_all_returned(llm)
+
+
+def test_events_tell_the_story_in_order(dense: Path) -> None:
+    llm = LLM(str(dense), max_model_len=128, max_num_batched_tokens=16)
+    engine = engine_of(llm)
+    request = engine.add(PROMPTS[0], SamplingParams(max_tokens=3, ignore_eos=True))
+    events = list(engine.run([request]))
+    assert [(event.done, event.total) for event in events if isinstance(event, Stored)] == [
+        (16, 40),
+        (32, 40),
+        (40, 40),
+    ]
+    assert [type(event) for event in events[3:]] == [Sampled, Sampled, Sampled, Ended]
+    assert events[-1].reason == "length"
+
+
+def test_leaving_early_and_aborting_give_everything_back(llm: LLM) -> None:
+    engine = engine_of(llm)
+    requests = [engine.add(prompt, FREE) for prompt in PROMPTS]
+    list(itertools.islice(engine.run(requests), 7))
+    assert_all_returned(llm)
+    requests = [engine.add(prompt, FREE) for prompt in PROMPTS]
+    engine.step()
+    engine.abort(requests[1])
+    engine.abort(requests[1])
+    events = list(engine.run(requests))
+    assert {event.request for event in events if isinstance(event, Ended)} == {
+        requests[place].identity for place in (0, 2, 3)
+    }
+    assert_all_returned(llm)
+
+
+def test_the_end_token_ends_and_is_no_text(dense: Path) -> None:
+    llm = LLM(str(dense), max_model_len=128)
+    free = llm.generate("hello", SamplingParams(max_tokens=8, ignore_eos=True))[0]
+    engine_of(llm).ends = frozenset({free.tokens[3]})
+    ended = llm.generate("hello", SamplingParams(max_tokens=8))[0]
+    first = free.tokens.index(free.tokens[3])
+    assert ended.tokens == free.tokens[: first + 1]
+    assert ended.finish_reason == "stop"
+    assert ended.usage.completion_tokens == first + 1
+    assert ended.text == llm._blueprint.tokenizer.decode(free.tokens[:first])
+
+
+def test_a_stop_string_across_tokens_ends_the_answer(dense: Path) -> None:
+    llm = LLM(str(dense), max_model_len=256)
+    free = llm.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True))[0]
+    assert free.text is not None
+    stop = free.text[7:11]
+    place = free.text.index(stop)
+    result = llm.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True, stop=("never ever", stop)))[0]
+    assert result.text == free.text[:place]
+    assert result.finish_reason == "stop"
+    assert result.tokens == free.tokens[: len(result.tokens)]
+    assert len(result.tokens) < 40
+    assert_all_returned(llm)
+
+
+class Broken:
+    """A paged layer whose rows become NaN while a token of 99 is among them, as a faulty kernel's would."""
+
+    def __init__(self, layer: object, *, raises: bool) -> None:
+        self.layer = layer
+        self.raises = raises
+
+    def attend(self, queries: object, rows: tuple[torch.Tensor, ...], scale: float, step: object) -> torch.Tensor:
+        out = self.layer.attend(queries, rows, scale, step)
+        bad = step.tokens == 99
+        if self.raises and bool(bad.any()):
+            raise Corrupted("a row is not finite")
+        return out.masked_fill(bad[:, None, None], float("nan"))
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_corrupted_request_ends_alone(dense: Path, *, raises: bool) -> None:
+    llm = LLM(str(dense), max_model_len=128)
+    engine = engine_of(llm)
+    healthy = [result.tokens for result in llm.generate(PROMPTS, FREE)]
+    arena = engine.runner.arena
+    assert arena.layers[-1] is not None
+    arena.layers = (*arena.layers[:-1], Broken(arena.layers[-1], raises=raises))
+    requests = [engine.add(prompt, FREE) for prompt in (PROMPTS[0], [4, 99, 3], *PROMPTS[1:])]
+    events = list(engine.run(requests))
+    assert [event.request for event in events if isinstance(event, Failed)] == [requests[1].identity]
+    answers = [item.generated for item in requests]
+    assert answers[1] == []
+    assert [answers[0], *answers[2:]] == healthy
+    assert_all_returned(llm)
+    with pytest.raises(Corrupted):
+        llm.generate([PROMPTS[0], [4, 99, 3]], FREE)
+    assert_all_returned(llm)
+
+
+def test_prompts_are_checked_before_any_runs(dense: Path) -> None:
+    llm = LLM(str(dense), max_model_len=64)
+    for prompt, sentence in (
+        ([], "the prompt is empty"),
+        ([3, 320], "token 1 of the prompt is 320, but ids are integers from 0 to 319"),
+        ([-1], "token 0 of the prompt is -1"),
+        ([True], "token 0 of the prompt is True"),
+        ([1] * 64, "the prompt has 64 tokens, but the context holds 64 and the answer needs at least 1"),
+    ):
+        with pytest.raises(Refused, match=sentence):
+            llm.generate([[1, 2], prompt])
+        assert_all_returned(llm)
+    with pytest.raises(Refused, match="the prompt has 65 tokens, but the context holds 64;"):
+        llm.logits([1] * 65)
+    assert llm.logits([1] * 64).shape == (64, 320)
+    last = llm.generate([[1] * 63], SamplingParams(max_tokens=50, ignore_eos=True))[0]
+    assert (last.usage.completion_tokens, last.finish_reason) == (1, "length")
