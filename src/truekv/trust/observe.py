@@ -1,0 +1,188 @@
+"""Watching what a model would store: real memory, with an eye on every row and query on their way in."""
+
+# Shape suffixes: T tokens, H kv heads, Q query heads, D dim.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, Protocol, cast
+
+from truekv.core.batch import Chunk
+from truekv.core.errors import Corrupted, Refused
+from truekv.core.spec import Paged
+from truekv.engine.run import Runner
+from truekv.formats.choice import choose_formats
+from truekv.formats.fit import FP8_TOP, Statistics
+from truekv.kernels.table import select
+from truekv.memory.arena import Arena
+from truekv.memory.plan import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from truekv.core.batch import Sequence as Held
+    from truekv.core.batch import Step
+    from truekv.core.lazy import torch
+    from truekv.core.protocols import LayerMemory, Model, PagedMemory
+    from truekv.core.spec import Field
+    from truekv.formats.frame import Frame
+
+Place = tuple[int, str]
+"""A field of a layer: (layer index, field name)."""
+BATCH: Final = 8
+"""Most prompts that are watched together."""
+_PREFILL: Final = 256
+# Smallest normal number of fp8_e4m3.
+_SMALLEST_NORMAL: Final = 2.0**-6
+
+
+class Sink(Protocol):
+    """What a watched field's rows and queries are shown to."""
+
+    def see(self, rows_THD: torch.Tensor, queries_TQD: torch.Tensor | None) -> None:
+        """Take in one step's rows, and the queries that score them where the field is scored."""
+        ...
+
+
+class Seen:
+    """Statistics of a field's rows, and of the queries that score them."""
+
+    def __init__(self, item: Field) -> None:
+        """Start with nothing seen."""
+        self.item = item
+        self.rows = Statistics(item.heads, item.dim)
+        self.queries: Statistics | None = None
+
+    def see(self, rows_THD: torch.Tensor, queries_TQD: torch.Tensor | None) -> None:
+        """Add to the statistics."""
+        self.rows.observe(rows_THD)
+        if queries_TQD is not None:
+            if self.queries is None:
+                self.queries = Statistics(queries_TQD.shape[1], queries_TQD.shape[2])
+            self.queries.observe(queries_TQD)
+
+    def take_in(self, other: Seen) -> None:
+        """Add what another one has seen."""
+        self.rows.merge(other.rows)
+        if other.queries is not None:
+            if self.queries is None:
+                self.queries = Statistics(other.queries.heads, other.queries.dim)
+            self.queries.merge(other.queries)
+
+
+@dataclass(slots=True, eq=False)
+class Check:
+    """How many numbers fp8_e4m3 would clip, or store below its normal range, in a frame."""
+
+    frame: Frame
+    numbers: int = 0
+    clipped: int = 0
+    subnormal: int = 0
+
+    def see(self, rows_THD: torch.Tensor, queries_TQD: torch.Tensor | None) -> None:
+        """Count."""
+        del queries_TQD
+        size = self.frame.rows(rows_THD).abs()
+        self.numbers += size.numel()
+        self.clipped += int((size > FP8_TOP).sum())
+        self.subnormal += int(((size > 0) & (size < _SMALLEST_NORMAL)).sum())
+
+
+class Watch:
+    """A paged layer's memory that shows what passes to its sinks first; implements PagedMemory."""
+
+    def __init__(self, memory: PagedMemory, index: int, layer: Paged) -> None:
+        """Stand before the memory of one layer."""
+        self._memory = memory
+        self._index = index
+        self._layer = layer
+        self.sinks: Mapping[Place, Sink] = {}
+
+    def attend(
+        self, queries: tuple[torch.Tensor, ...], rows: tuple[torch.Tensor, ...], scale: float, step: Step
+    ) -> torch.Tensor:
+        """Show rows and queries as they are, then let the memory do its work."""
+        remaining = list(queries)
+        for item, values in zip(self._layer.fields, rows, strict=True):
+            query = None if item.role == "value" else remaining.pop(0)
+            self.sinks[self._index, item.name].see(values, query)
+        return self._memory.attend(queries, rows, scale, step)
+
+
+class Session:
+    """A model and an unquantized memory whose paged layers are watched."""
+
+    def __init__(
+        self, model: Model, dtype: Literal["float32", "bfloat16"], longest: int, ends: frozenset[int], decode: int
+    ) -> None:
+        """Allocate float32 rows for BATCH sequences of `longest` tokens; refuse a model without rows."""
+        spec = model.spec
+        self.fields = {
+            (index, item.name): item
+            for index, layer in enumerate(spec.layers)
+            if isinstance(layer, Paged)
+            for item in layer.fields
+        }
+        if not self.fields:
+            raise Refused("this model has no layer with a KV cache, so there is nothing to calibrate")
+        if longest > spec.max_positions:
+            raise Refused(
+                f"the longest prompt and its {decode} decoded tokens take {longest} positions, but the checkpoint has "
+                f"{spec.max_positions}; shorten the prompts"
+            )
+        formats = [chosen or () for chosen in choose_formats(spec, "f32", "", dtype)]
+        layout = plan(spec, formats, max_model_len=longest, max_num_seqs=BATCH, dtype=dtype)
+        self._arena = Arena(spec, layout, select(spec, formats))
+        self._watches: list[Watch] = []
+        self._arena.layers = tuple(
+            self._watched(index, layer, memory)
+            for index, (layer, memory) in enumerate(zip(spec.layers, self._arena.layers, strict=True))
+        )
+        self._runner = Runner(model, self._arena)
+        self._ends = ends
+        self._decode = decode
+        self.decoded = 0
+        """Tokens that the model generated itself."""
+
+    def _watched(self, index: int, layer: object, memory: LayerMemory) -> LayerMemory:
+        if not isinstance(layer, Paged):
+            return memory
+        self._watches.append(Watch(cast("PagedMemory", memory), index, layer))
+        return self._watches[-1]
+
+    def run(self, prompts: Sequence[Sequence[int]], sinks: Mapping[Place, Sink]) -> None:
+        """Store prompts one by one, then continue them together; at most BATCH of them."""
+        for watch in self._watches:
+            watch.sinks = sinks
+        sequences = [self._arena.open() for _ in prompts]
+        try:
+            self._continue(
+                [(held, self._store(held, list(prompt))) for held, prompt in zip(sequences, prompts, strict=True)]
+            )
+        finally:
+            for held in sequences:
+                self._arena.close(held)
+
+    def _store(self, held: Held, prompt: list[int]) -> int:
+        """Store a prompt and return the token that follows it."""
+        following = -1
+        for start in range(0, len(prompt), _PREFILL):
+            (following,) = self._step([Chunk(held, prompt[start : start + _PREFILL])])
+        return following
+
+    def _continue(self, running: list[tuple[Held, int]]) -> None:
+        for _ in range(self._decode):
+            running = [(held, token) for held, token in running if token not in self._ends]
+            if not running:
+                return
+            self.decoded += len(running)
+            following = self._step([Chunk(held, [token]) for held, token in running])
+            running = [(held, token) for (held, _), token in zip(running, following, strict=True)]
+
+    def _step(self, chunks: list[Chunk]) -> list[int]:
+        found: list[int] = []
+        for logits_QV in self._runner.step(chunks, [1] * len(chunks)):
+            if isinstance(logits_QV, Corrupted):
+                raise logits_QV
+            found.append(int(logits_QV[-1].argmax()))
+        return found
