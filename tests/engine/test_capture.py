@@ -1,0 +1,86 @@
+"""A captured step is a function of its Step alone; whatever the host decided stays decided."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from truekv.core.batch import Step
+from truekv.core.errors import Refused
+from truekv.engine.capture import Captured
+
+
+def step(position: int, tokens: list[int]) -> Step:
+    count = len(tokens)
+    zero = torch.zeros(count, dtype=torch.int64)
+    one = torch.tensor([0])
+    return Step(
+        tokens=torch.tensor(tokens),
+        positions=torch.arange(position, position + count),
+        owner=zero,
+        offset=torch.arange(count),
+        gather=torch.arange(count)[None],
+        position=torch.tensor([position]),
+        count=torch.tensor([count]),
+        certain=torch.tensor([count]),
+        replay=one,
+        slot=one,
+        pages=torch.tensor([[0]]),
+        page=zero,
+        line=zero,
+    )
+
+
+def test_replay_computes_with_the_new_contents() -> None:
+    captured = Captured(lambda at: (at.tokens * 2 + at.positions).float(), step(0, [1, 2]))
+    assert captured(step(10, [5, 6])).tolist() == [20.0, 23.0]
+    assert captured(step(0, [1, 2])).tolist() == [2.0, 5.0]
+
+
+def test_replay_writes_memory_in_place() -> None:
+    memory = torch.zeros(4)
+
+    def forward(at: Step) -> torch.Tensor:
+        memory[at.tokens] += at.positions.float()
+        return memory[at.tokens] * 1.0
+
+    captured = Captured(forward, step(1, [0, 1]))
+    assert memory.tolist() == [1.0, 2.0, 0.0, 0.0]
+    assert captured(step(5, [2, 1])).tolist() == [5.0, 8.0]
+    assert memory.tolist() == [1.0, 8.0, 5.0, 0.0]
+
+
+def test_views_and_shared_buffers_are_followed() -> None:
+    def forward(at: Step) -> torch.Tensor:
+        grown = torch.cat([at.tokens, at.positions]).float()
+        left, right = grown.chunk(2)
+        left.mul_(3)
+        return grown.view(2, -1).sum(0) + right
+
+    captured = Captured(forward, step(0, [1, 2]))
+    assert torch.equal(captured(step(7, [4, 9])), forward(step(7, [4, 9])))
+
+
+def test_a_length_read_by_the_host_is_baked() -> None:
+    def forward(at: Step) -> torch.Tensor:
+        longest = int(at.position.max()) + 1
+        return at.tokens.float() * longest
+
+    captured = Captured(forward, step(0, [3, 4]))
+    assert captured(step(9, [3, 4])).tolist() == [3.0, 4.0]
+    assert forward(step(9, [3, 4])).tolist() == [30.0, 40.0]
+
+
+def test_another_shape_is_refused() -> None:
+    captured = Captured(lambda at: at.tokens.float(), step(0, [1, 2]))
+    with pytest.raises(Refused, match="'tokens' of shape"):
+        captured(step(0, [1, 2, 3]))
+
+
+def test_the_step_given_is_not_kept() -> None:
+    given = step(0, [1, 2])
+    captured = Captured(lambda at: at.tokens.float(), given)
+    captured(step(0, [8, 9]))
+    assert given.tokens.tolist() == [1, 2]
+    assert [field.name for field in dataclasses.fields(given)]
