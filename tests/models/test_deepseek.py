@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
 from truekv.core.config import Config
 from truekv.core.errors import Refused
 from truekv.models.families.deepseek import FAMILY

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
+
 from truekv.core.config import Config
 from truekv.core.errors import Refused
 from truekv.models.families.glm4_moe_lite import FAMILY

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
 from truekv.core.config import Config
 from truekv.core.errors import Refused
 from truekv.models.families.granitemoehybrid import FAMILY

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
+
 from truekv.core.config import Config
 from truekv.core.errors import Refused
 from truekv.core.spec import Paged, Recurrent, Stateless
