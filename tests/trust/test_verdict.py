@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from truekv.core.errors import Refused
 from truekv.core.spec import Field, LayerSpec, ModelSpec, Paged, Recurrent, Slab, Stateless
 from truekv.formats.choice import choose_formats
+from truekv.formats.frame import Frame
 from truekv.trust.verdict import judge
 
 ATTENTION = Paged((Field("k", 2, 64, "key"), Field("v", 2, 64, "value")))
@@ -55,13 +57,16 @@ def test_a_recurrent_model_is_told_how_it_must_be_measured() -> None:
     assert "recurrent" not in judge(DENSE, choose_formats(DENSE, "fp8", "", "float32"), model="m").reason
 
 
-def test_what_calibration_found_unfit_is_refused() -> None:
+@pytest.mark.parametrize("scale", [None, torch.ones(2, 64), torch.cat([torch.full((1, 64), 0.3), torch.ones(1, 64)])])
+def test_a_scale_that_nobody_measured_is_refused(scale: torch.Tensor | None) -> None:
+    frames = {(index, name): Frame(torch.zeros(2, 64), torch.full((2, 64), 0.3)) for index in (0, 2) for name in "kv"}
     formats = choose_formats(DENSE, "fp8", "", "float32")
-    unfit = {(2, "k", "fp8_e4m3"): "4.0% of its numbers are subnormal; use int8"}
-    verdict = judge(DENSE, formats, EVERYTHING, model="m", unfit=unfit)
+    assert judge(DENSE, formats, frames, model="m").answer == "run"
+    frames[2, "v"] = Frame(torch.zeros(2, 64), scale)
+    verdict = judge(DENSE, formats, frames, model="m")
     assert verdict.answer == "refuse"
-    assert verdict.reason == "layer 2 cannot store its k rows in fp8_e4m3: 4.0% of its numbers are subnormal; use int8"
-    assert judge(DENSE, choose_formats(DENSE, "kv4", "", "float32"), EVERYTHING, model="m", unfit=unfit).answer == "run"
+    assert verdict.reason.startswith("the frame of layer 2 field v has the default scale of 1 and not a measured one")
+    assert judge(DENSE, choose_formats(DENSE, "int8", "", "float32"), frames, model="m").answer == "run"
 
 
 def test_latent_and_rotary_key_are_measured_apart() -> None:

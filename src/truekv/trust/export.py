@@ -65,9 +65,27 @@ def export(
     compressed-tensors and modelopt write files to be copied over the checkpoint's directory; sglang writes the
     one JSON file of its option. Raises Refused, and writes nothing, when the layout cannot hold the scales.
     """
-    write = choose("scale layout", layout, LAYOUTS)
-    _check(spec, scales, config)
-    return write(directory, spec, scales, config, placed)
+    check(layout, spec, config, placed)
+    _check_scales(spec, scales)
+    return LAYOUTS[layout](directory, spec, scales, config, placed)
+
+
+def check(layout: str, spec: ModelSpec, config: Mapping[str, object], placed: Mapping[str, str]) -> None:
+    """Refuse what no scale could save: an unknown layout, or a model that these layouts cannot express."""
+    choose("scale layout", layout, LAYOUTS)
+    if "quantization_config" in config:
+        raise Refused(
+            "the checkpoint's config.json already has a quantization_config, which the exported one would replace; "
+            "export from the unquantized checkpoint"
+        )
+    for index, layer in enumerate(spec.layers):
+        names = {field.name for field in layer.fields} if isinstance(layer, Paged) else {"k", "v"}
+        if names != {"k", "v"}:
+            raise Refused(
+                f"layer {index} caches {' and '.join(sorted(names))}, for which the other engines have one shared fp8 "
+                "scale and no place for two; use --kv-cache-dtype int8 in truekv, or their unscaled bf16 cache"
+            )
+    _prefixes(spec, placed)
 
 
 # No group quantizes any weight: the linear layers stay as they are, only the KV cache has a scheme.
@@ -91,23 +109,10 @@ _MODELOPT: Final[dict[str, Any]] = {
 }
 
 
-def _check(spec: ModelSpec, scales: Scales, config: Mapping[str, object]) -> None:
-    if "quantization_config" in config:
-        raise Refused(
-            "the checkpoint's config.json already has a quantization_config, which the exported one would replace; "
-            "export from the unquantized checkpoint"
-        )
+def _check_scales(spec: ModelSpec, scales: Scales) -> None:
     for index, layer in enumerate(spec.layers):
-        if not isinstance(layer, Paged):
-            continue
-        names = {field.name for field in layer.fields}
-        if names != {"k", "v"}:
-            raise Refused(
-                f"layer {index} caches {' and '.join(sorted(names))}, for which the other engines have one shared fp8 "
-                "scale and no place for two; use --kv-cache-dtype int8 in truekv, or their unscaled bf16 cache"
-            )
-        found = scales.get(index, {})
-        for name in ("k", "v"):
+        for name in ("k", "v") if isinstance(layer, Paged) else ():
+            found = scales.get(index, {})
             if name not in found:
                 raise Refused(f"layer {index} has no measured scale for {name}; run truekv calibrate on this model")
             _check_scale(index, name, found[name])

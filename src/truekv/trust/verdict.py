@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from truekv.core.spec import Paged
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from truekv.core.protocols import CacheFormat
     from truekv.core.spec import ModelSpec
+    from truekv.formats.frame import Frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +30,40 @@ def judge(
     measured: Collection[tuple[int, str]] = (),
     *,
     model: str,
-    unfit: Mapping[tuple[int, str, str], str] | None = None,
 ) -> Verdict:
-    """Judge the formats chosen for every layer of a model; no tensor is read.
+    """Judge the formats chosen for every layer of a model.
 
     `formats` holds one tuple per layer of the spec, None (or nothing) for a layer without rows.
-    `measured` names each (layer, field) that has a measured frame. `unfit` says of (layer, field,
-    format name) why calibration found that the format cannot hold those rows. `model` is what the
-    user called the model.
+    `measured` names each (layer, field) that has a measured frame; given the frames themselves, a
+    calibrated format is refused on one whose scale nobody measured. `model` is what the user called
+    the model.
     """
+    frames: Mapping[tuple[int, str], Frame] = {}
+    if isinstance(measured, Mapping):
+        frames = cast("Mapping[tuple[int, str], Frame]", measured)
     lacking: list[tuple[int, str, str]] = []
     used: dict[str, None] = {}
     for index, field, chosen in _stored(spec, formats):
         used[chosen.name] = None
-        reason = (unfit or {}).get((index, field, chosen.name))
-        if reason is not None:
-            return Verdict("refuse", f"layer {index} cannot store its {field} rows in {chosen.name}: {reason}")
-        if chosen.calibrated and (index, field) not in measured:
+        if not chosen.calibrated:
+            continue
+        if (index, field) not in measured:
             lacking.append((index, field, chosen.name))
+        elif (index, field) in frames and _by_default(frames[index, field]):
+            return Verdict(
+                "refuse",
+                f"the frame of layer {index} field {field} has the default scale of 1 and not a measured one, which "
+                f"{chosen.name} needs: measure it again with 'truekv calibrate {model}'",
+            )
     if lacking:
         return Verdict("calibrate", _calibrate_first(spec, lacking, model))
     names = " and ".join(used) or "no rows at all"
     return Verdict("run", f"every layer has what it needs to store {names}")
+
+
+def _by_default(frame: Frame) -> bool:
+    """Whether a head's scale is missing, or exactly 1 in every channel: no measurement gives that."""
+    return frame.scale is None or bool((frame.scale == 1).all(-1).any())
 
 
 def _stored(
