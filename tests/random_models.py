@@ -1,4 +1,4 @@
-"""Small random checkpoints as transformers saves them, with a byte tokenizer and a chat template."""
+"""Small random checkpoints with a byte tokenizer and a chat template."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": 512,
-    "initializer_range": 0.2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -30,32 +34,41 @@ _SHAPE: dict[str, Any] = {
 
 def save_dense(directory: Path, **changes: Any) -> Path:
     """Save a two-layer qwen3 in float32."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return _save(Qwen3ForCausalLM, Qwen3Config(**{**_SHAPE, "num_hidden_layers": 2, **changes}), directory)
+    return _save({"model_type": "qwen3", "num_hidden_layers": 2, **_SHAPE, **changes}, directory)
 
 
 def save_hybrid(directory: Path) -> Path:
     """Save a four-layer qwen3_5: three GDN layers and one of gated attention."""
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-    config = Qwen3_5TextConfig(
+    config = {
+        "model_type": "qwen3_5_text",
         **_SHAPE,
-        num_hidden_layers=4,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    )
-    return _save(Qwen3_5ForCausalLM, config, directory)
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "attn_output_gate": True,
+        "linear_conv_kernel_dim": 4,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    }
+    return _save(config, directory)
 
 
-def _save(kind: Any, config: Any, directory: Path) -> Path:
+def _save(config: dict[str, Any], directory: Path) -> Path:
+    """Write a config and random weights of the names and shapes that its family reads."""
     import torch
+    from safetensors.torch import save_file
 
-    torch.manual_seed(0)
-    model = kind(config).float()
-    model.save_pretrained(directory)
+    from truekv.core.config import Config
+    from truekv.models.weights import understand
+
+    generator = torch.Generator().manual_seed(0)
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = understand(Config(config)).tensors
+    tensors = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    # Norm weights, decays and biases of steps lie around 1.
+    save_file({name: 1 + one if one.ndim == 1 else one for name, one in tensors.items()}, directory / "model.safetensors")
     return directory
 
 

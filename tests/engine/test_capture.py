@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from truekv.core.batch import Step
 from truekv.core.errors import Refused
 from truekv.engine.capture import Captured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from truekv.core.spec import ModelSpec
     from truekv.engine.generate import Engine
     from truekv.engine.tokens import Tokenizer
-    from truekv.formats.frame import Frames
+    from truekv.formats.frame import Frame
     from truekv.kernels.table import Kernels
     from truekv.memory.plan import MemoryPlan
     from truekv.models.weights import Checkpoint
@@ -26,6 +27,7 @@ EMBEDDED: Final = ("tiny-hybrid", "tiny-mla", "tiny-dense")
 """Models that come with the package; their names work wherever a model is named."""
 FRAMES_FILE: Final = "kv_cache_frames.safetensors"
 
+Measured = Mapping[tuple[int, str], "Frame"]
 Formats = tuple["tuple[CacheFormat, ...] | None", ...]
 
 
@@ -37,7 +39,7 @@ class Blueprint:
     options: EngineOptions
     dtype: str
     formats: Formats
-    frames: Frames
+    frames: Measured
     kernels: Kernels
     plan: MemoryPlan
     tokenizer: Tokenizer | None
@@ -74,7 +76,7 @@ def design(model: str, options: EngineOptions) -> Blueprint:
         drafts=options.num_speculative_tokens,
         dtype=dtype,
     )
-    measured = _measured(checkpoint.directory, spec, options.kv_cache_frames, model)
+    measured = _measured(checkpoint, options.kv_cache_frames, model)
     _permit(spec, formats, measured, model)
     kernels = select(spec, [chosen or () for chosen in formats])
     tokenizer = Tokenizer.open(checkpoint.directory)
@@ -106,19 +108,25 @@ def build(blueprint: Blueprint) -> Engine:
     )
 
 
-def _measured(directory: Path, spec: ModelSpec, asked: str | None, model: str) -> Frames:
+def _measured(checkpoint: Checkpoint, asked: str | None, model: str) -> Measured:
     """Read the frames that were measured on the model: the file asked for, else the one beside the weights."""
-    path = Path(asked) if asked else directory / FRAMES_FILE
-    if path.is_file():
-        from truekv.formats.frame import load_frames
+    path = Path(asked) if asked else checkpoint.directory / FRAMES_FILE
+    if not path.is_file():
+        if asked:
+            raise Refused(f"kv_cache_frames names {path}, which is not a file; make it with 'truekv calibrate {model}'")
+        return {}
+    from truekv.formats.frame import load_frames
 
-        return load_frames(path, spec)
-    if asked:
-        raise Refused(f"kv_cache_frames names {path}, which is not a file; make it with 'truekv calibrate {model}'")
-    return {}
+    frames = load_frames(path, checkpoint.architecture.spec)
+    if frames.provenance.weights not in {"", checkpoint.digest}:
+        raise Refused(
+            f"{path} was measured on {frames.provenance.source}, whose weights are not those of {model}; "
+            f"measure these with 'truekv calibrate {model}'"
+        )
+    return frames
 
 
-def _permit(spec: ModelSpec, formats: Formats, measured: Frames, model: str) -> None:
+def _permit(spec: ModelSpec, formats: Formats, measured: Measured, model: str) -> None:
     """Refuse what the verdict does not let run."""
     from truekv.trust.verdict import judge
 

@@ -216,6 +216,66 @@ def chat(
     run(model, options, params, system)
 
 
+@app.command()
+def plan(
+    model: Model,
+    *,
+    kv_cache_dtype: CacheDtype = None,
+    ctk: CacheK = None,
+    ctv: CacheV = None,
+    khad: HadamardK = False,
+    vhad: HadamardV = False,
+    kv_cache_map: CacheMap = "",
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="What the device has, such as 24GiB.")] = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences in memory at once.")] = 1,
+    num_speculative_tokens: Annotated[int, typer.Option(help="Draft tokens that a step may verify.")] = 0,
+    weight_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Size of the weights; default: what the headers say.")
+    ] = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Say what fits into memory, from config.json and the headers of the weights alone.
+
+    Exits with 1 and one sentence (need, have, what to change) when it does not fit.
+
+    Example: `truekv plan ./Qwen3.6-27B --memory 24GiB --weight-bytes 14GiB --kv-cache-dtype int8/kv4`
+    """
+    from truekv.serve.plan import run
+
+    return run(
+        model,
+        kv_cache_dtype=cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad),
+        kv_cache_map=kv_cache_map,
+        memory=memory,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        num_speculative_tokens=num_speculative_tokens,
+        weight_bytes=weight_bytes,
+        dtype=dtype,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def demo(
+    *,
+    only: Annotated[int | None, typer.Option(metavar="N", help="Run one of the five.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed asks other questions.")] = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Show five failures of quantized KV caches, and how each of them ends.
+
+    Runs on models that come along. Exits with 0 only if all five end as they should.
+
+    Example: `truekv demo --only 3`
+    """
+    from truekv.serve.demo.run import run
+
+    return run(only, seed, as_json=as_json)
+
+
 def cache_dtype(both: str | None, k: str | None, v: str | None, *, khad: bool, vhad: bool) -> str:
     """Join the two spellings of a cache format into one FORMAT or K/V.
 

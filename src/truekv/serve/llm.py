@@ -11,7 +11,7 @@ from truekv.core.lazy import torch
 from truekv.core.options import EngineOptions, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from truekv.engine.generate import Engine, Sampled, Stored
     from truekv.engine.sample import Logprob
@@ -155,16 +155,23 @@ class LLM:
         messages: list[dict[str, Any]],
         params: SamplingParams | None = None,
         tools: list[dict[str, Any]] | None = None,
-        **template: object,
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> Result:
         """Answer a conversation: messages with "role" and "content", put into the checkpoint's chat template.
 
-        `tools`: function definitions in OpenAI's form. `template`: further variables of the template.
+        `tools`: function definitions in OpenAI's form. `chat_template_kwargs`: further variables of the
+        template, such as enable_thinking.
         """
-        return self.generate(self.conversation(messages, tools, **template), params)[0]
+        prompt = self.conversation(messages, tools, chat_template_kwargs=chat_template_kwargs)
+        return self.generate(prompt, params)[0]
 
     def conversation(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **template: object
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation, ending where the assistant's answer begins."""
         from truekv.serve.messages import check_messages, check_tools
@@ -173,7 +180,7 @@ class LLM:
         if found is None or tokenizer is None:
             missing = "chat template" if tokenizer else "tokenizer.json"
             raise Refused(f"{self.model} has no {missing}, so it cannot chat; use generate with a plain prompt")
-        text = found.render(check_messages(messages), check_tools(tools), **template)
+        text = found.render(check_messages(messages), check_tools(tools), chat_template_kwargs)
         # The template writes the special tokens itself.
         return tokenizer.encode(text, add_special_tokens=False)
 

@@ -10,7 +10,7 @@ from truekv.engine.tokens import read_object, token_text
 from truekv.serve.template import render
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 Message = dict[str, Any]
@@ -40,15 +40,20 @@ class ChatTemplate:
         special = {name: text for name in _SPECIAL if (text := token_text(config.get(name)))}
         return cls(_named(found, directory), special)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, **extra: object) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        extra: Mapping[str, object] | None = None,
+    ) -> str:
         """Return the prompt for a conversation, ending where the assistant's answer begins.
 
-        `extra`: variables of the template itself, such as enable_thinking.
+        `extra`: variables of the template itself, such as enable_thinking; they cannot replace the messages.
         """
         template = self._templates["default"]
         if tools:
             template = self._templates.get("tool_use", template)
-        variables: dict[str, object] = {**extra, **self._special}
+        variables: dict[str, object] = {**(extra or {}), **self._special}
         variables |= {"messages": list(messages), "tools": list(tools) if tools else None, "documents": None}
         return render(template, {**variables, "add_generation_prompt": True})
 
