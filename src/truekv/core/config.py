@@ -58,35 +58,35 @@ class Config:
         if value is default and default is not _MISSING:
             return cast("int", value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise Refused(f"{self.where}: '{name}' is {value!r}, but must be an integer from {low} to {high}")
+            raise Refused(f"{self.where}: '{name}' is {_short(value)}, but must be an integer from {low} to {high}")
         return value
 
     def number(self, name: str, default: float = _MISSING) -> float:
         """Return a number (infinities pass, NaN does not)."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            raise Refused(f"{self.where}: '{name}' is {value!r}, but must be a number")
+            raise Refused(f"{self.where}: '{name}' is {_short(value)}, but must be a number")
         return float(value)
 
     def boolean(self, name: str, default: bool = _MISSING) -> bool:  # noqa: FBT001 (mirrors the other getters)
         """Return true or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise Refused(f"{self.where}: '{name}' is {value!r}, but must be true or false")
+            raise Refused(f"{self.where}: '{name}' is {_short(value)}, but must be true or false")
         return value
 
     def string(self, name: str, default: str = _MISSING) -> str:
         """Return a string."""
         value = self.get(name, default)
         if not isinstance(value, str):
-            raise Refused(f"{self.where}: '{name}' is {value!r}, but must be a string")
+            raise Refused(f"{self.where}: '{name}' is {_short(value)}, but must be a string")
         return value
 
     def nested(self, name: str, default: Mapping[str, object] | None = _MISSING) -> Config:
         """Return a sub-object as a Config of its own; its owner must `close` it too."""
         value = self.get(name, default)
         if not isinstance(value, dict):
-            raise Refused(f"{self.where}: '{name}' is {value!r}, but must be an object")
+            raise Refused(f"{self.where}: '{name}' is {_short(value)}, but must be an object")
         return Config(cast("dict[str, object]", value), f"{self.where}:{name}")
 
     def only(self, name: str, *neutral: object) -> None:
@@ -94,7 +94,7 @@ class Config:
         value = self.get(name, None)
         if value is not None and value not in neutral:
             allowed = " or ".join(repr(item) for item in neutral)
-            raise Refused(f"{self.where}: '{name}' is {value!r}, but only {allowed} is implemented")
+            raise Refused(f"{self.where}: '{name}' is {_short(value)}, but only {allowed} is implemented")
 
     def ignore(self, *names: str) -> None:
         """Declare fields that change nothing in text inference."""
@@ -105,6 +105,12 @@ class Config:
         for name, value in self.values.items():
             if name not in self._read and name not in _METADATA and value not in _NEUTRAL:
                 raise Refused(
-                    f"{self.where}: '{name}' is {value!r}, a field that truekv does not implement for this family; "
-                    "remove it if it changes nothing, or use transformers"
+                    f"{self.where}: {_short(name)} is {_short(value)}, a field that truekv does not implement for "
+                    "this family; remove it if it changes nothing, or use transformers"
                 )
+
+
+def _short(value: object) -> str:
+    """Write a value as it stands in the file, cut to what fits in a sentence."""
+    text = ascii(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

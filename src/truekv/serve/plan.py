@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from truekv.memory.plan import LayerPlan, MemoryPlan
 
 # Decimal units for those that name bytes alone; what ends in "i" or is a bare letter is binary.
-_SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kmgt])(ib?|b)?|b)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kmgt])(ib?|b)?|b)?", re.IGNORECASE | re.ASCII)
 _LARGEST: Final = 1 << 60
 # One of each price, to show what another choice would buy.
 _ALTERNATIVES: Final = ("bf16", "int8", "k8v4", "kv4")
