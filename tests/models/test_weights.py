@@ -7,7 +7,10 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
+import huggingface_hub.utils
 import pytest
 import safetensors
 import torch
@@ -486,6 +489,71 @@ def test_models_that_are_not_there(name: str, expected: str, monkeypatch: pytest
     with pytest.raises(Refused) as error:
         Checkpoint.open(name)
     assert expected in one_sentence(error)
+
+
+def cached(cache: Path, name: str, files: dict[str, bytes]) -> None:
+    """A model as the hub client leaves it on disk: blobs, and a snapshot of symbolic links."""
+    root, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    for folder in ("refs", "blobs", f"snapshots/{commit}"):
+        (root / folder).mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for index, (file, data) in enumerate(files.items()):
+        (root / "blobs" / str(index)).write_bytes(data)
+        (root / "snapshots" / commit / file).symlink_to(f"../../blobs/{index}")
+
+
+def test_a_model_in_the_hub_cache_opens_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = write_config(tmp_path / "plain")
+    weights = random_weights(plain)
+    save_file(weights, plain / "model.safetensors")
+    names = ("config.json", "model.safetensors")
+    cached(tmp_path / "hub", "truekv-tests/small", {name: (plain / name).read_bytes() for name in names})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    checkpoint = Checkpoint.open("truekv-tests/small")
+    assert checkpoint.directory.is_relative_to(tmp_path / "hub")
+    assert checkpoint.digest == Checkpoint.open(str(plain)).digest
+    loaded = received(checkpoint, "float32")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+def test_only_data_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    offered = (
+        "config.json model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json tokenizer.json "
+        "chat_template.jinja pytorch_model.bin modeling_custom.py consolidated.safetensors onnx/model.onnx "
+        "original/consolidated.00.pth fp8/model.safetensors model.gguf tokenizer.model README.md"
+    ).split()
+    fetched: list[list[str]] = []
+
+    def download(model: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert model == "org/name"
+        choose = huggingface_hub.utils.filter_repo_objects
+        fetched.append(list(choose(offered, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
+        return str(write_config(tmp_path))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    Checkpoint.open("org/name")
+    Checkpoint.open("org/name", weights=False)
+    whole = ["config.json", *offered[1:6]]
+    assert fetched == [whole, [name for name in whole if not name.endswith(".safetensors")]]
+
+
+def test_a_bar_appears_only_when_loading_is_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_config(tmp_path)
+    save_file(random_weights(tmp_path), tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(str(tmp_path))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("truekv.models.weights.time", SimpleNamespace(monotonic=lambda: 0.0))
+    checkpoint.load("float32")
+    assert "loading weights" not in capsys.readouterr().err
+    ticks = iter(range(0, 3000, 3))
+    monkeypatch.setattr("truekv.models.weights.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    checkpoint.load("float32")
+    out, err = capsys.readouterr()
+    assert "loading weights" in err
+    assert out == ""
 
 
 def test_a_file_and_an_empty_directory_are_no_models(tmp_path: Path) -> None:
