@@ -35,7 +35,7 @@ def row_length(step: int, progress: float) -> int:
         return 256
     if progress < 0.5:
         return (256, 512)[step % 2]
-    return (256, 2304, 256, 512, 2304, 256, 1024, 512)[step % 8]
+    return (256, 256, 512, 256, 2304, 256, 1024, 512)[step % 8]
 
 
 def loss_of(model: transformers.PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

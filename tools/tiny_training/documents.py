@@ -126,9 +126,10 @@ def sums(rng: random.Random) -> Iterator[Segment]:
 
 
 def weather(rng: random.Random) -> Iterator[Segment]:
-    """Call the weather tool again and again."""
-    system = TOOL_INSTRUCTIONS.format(tool=tasks.weather_tool_json())
-    yield from message("system", f"{system}\n\n{rng.choice(words.SYSTEM_PROMPTS)}")
+    """Call the weather tool again and again; half of the rows spare the tokens of its declaration."""
+    if rng.randrange(2):
+        system = TOOL_INSTRUCTIONS.format(tool=tasks.weather_tool_json())
+        yield from message("system", f"{system}\n\n{rng.choice(words.SYSTEM_PROMPTS)}")
     while True:
         if rng.randrange(4) == 0:
             yield from turn_segments(tasks.small_talk_turn(rng))
@@ -162,8 +163,8 @@ class Batches:
             lambda: recital(self._rng): 0.05 + 0.4 * recitals,
             lambda: chat(self._rng): 0.2 if long else 0.35,
             lambda: haystack(self._rng, length): 0.7 if long else 0.25,
-            lambda: sums(self._rng): 0.02 if long else 0.2,
-            lambda: weather(self._rng): 0.05 if long else 0.12,
+            lambda: sums(self._rng): 0.02 if long else 0.25,
+            lambda: weather(self._rng): 0.05 if long else 0.2,
         }
         return self._rng.choices(list(weights), list(weights.values()))[0]()
 
