@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ PUBLISHED = {
 
 def moments(levels: list[float]) -> tuple[float, float]:
     """Return E[x q(x)] and E[q(x)^2] for x ~ N(0, 1) and q the nearest of the levels, exactly."""
-    edges = [-math.inf, *((low + high) / 2 for low, high in zip(levels, levels[1:], strict=False)), math.inf]
+    edges = [-math.inf, *((low + high) / 2 for low, high in pairwise(levels)), math.inf]
     density = [0.0 if math.isinf(edge) else math.exp(-edge * edge / 2) / math.sqrt(2 * math.pi) for edge in edges]
     below = [0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in edges]
     product = sum(level * (density[i] - density[i + 1]) for i, level in enumerate(levels))

@@ -19,6 +19,7 @@ is no multiple of 32 ends with zeros. NAME+hadamard adds the rotation of llama.c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Protocol
 
 from truekv.core.lazy import torch
@@ -162,7 +163,7 @@ class Table:
         """Put the extreme on the lowest level, round, then fit the scale to the rounded levels."""
         first = _divided(_extreme(blocks), self.levels[0])
         values = blocks * _inverse(first)
-        edges = [(low + high) / 2 for low, high in zip(self.levels, self.levels[1:], strict=False)]
+        edges = [(low + high) / 2 for low, high in pairwise(self.levels)]
         # right=True: a number exactly between two levels takes the upper one.
         codes = torch.bucketize(values, torch.tensor(edges, device=blocks.device), right=True)
         levels = self._look_up(codes)
@@ -170,7 +171,8 @@ class Table:
         weight = values.square() * levels
         norm = row_sum(weight * levels)
         fitted = first * (row_sum(weight * values) / torch.where(norm > 0, norm, 1.0))
-        return fitted, codes.to(torch.uint8)
+        # A block of zeros has the scale +0, as in llama.cpp, and not 0 / -127 = -0.
+        return fitted + 0.0, codes.to(torch.uint8)
 
     def dequantize(self, headers: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Level * scale."""

@@ -99,7 +99,16 @@ def _layer_formats(index: int, fields: tuple[Field, ...], asked: str, default: s
         order = "/".join(field.name.upper() for field in fields)
         raise Refused(f"'{asked}' names {len(parts)} formats, but layer {index} stores {order}: give one for each")
     for field, chosen in zip(fields, formats, strict=True):
-        _check_field(index, fields, field, chosen)
+        if chosen.code_bits < field.floor_bits:
+            better = "/".join(
+                (_companion(one) if one.code_bits < item.floor_bits else one).name
+                for item, one in zip(fields, formats, strict=True)
+            )
+            raise Refused(
+                f"layer {index}: '{chosen.name}' gives the {field.name} {chosen.code_bits} bits, but below "
+                f"{field.floor_bits} bits its error reaches every score: use '{better}'"
+            )
+        _check_layout(index, field, chosen)
     return formats
 
 
@@ -137,13 +146,7 @@ def _companion(codec: CacheFormat) -> CacheFormat:
     return next(same, codecs()[_COMPANION])
 
 
-def _check_field(index: int, fields: tuple[Field, ...], field: Field, chosen: CacheFormat) -> None:
-    if chosen.code_bits < field.floor_bits:
-        better = "/".join(_companion(chosen).name if one is field else chosen.name for one in fields)
-        raise Refused(
-            f"layer {index}: '{chosen.name}' gives the {field.name} {chosen.code_bits} bits, but below "
-            f"{field.floor_bits} bits its error reaches every score: use '{better}'"
-        )
+def _check_layout(index: int, field: Field, chosen: CacheFormat) -> None:
     try:
         chosen.planes(field.dim)
         if chosen.rotated:

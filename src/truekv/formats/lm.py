@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.lazy import torch
@@ -52,7 +53,7 @@ class Codebook:
     @property
     def edges(self) -> tuple[float, ...]:
         """Midpoints between neighbouring levels: halves, exact in float32."""
-        return tuple((low + high) / 2 for low, high in zip(self.levels, self.levels[1:], strict=False))
+        return tuple((low + high) / 2 for low, high in pairwise(self.levels))
 
 
 FOUR_BITS: Final = Codebook(4, (5, 15, 25, 36, 48, 62, 79, 104), 0.02622245)
@@ -113,7 +114,7 @@ class LloydMax:
         unit = rows.abs() / torch.where(amax > 0, amax, 1.0)
         rms = (row_sum(unit.square()) / dim).sqrt()
         size = unit / torch.where(rms > 0, rms, 1.0)
-        gap = max(high - low for low, high in zip(book.levels, book.levels[1:], strict=False)) / 2 * book.step
+        gap = max(high - low for low, high in pairwise(book.levels)) / 2 * book.step
         top = book.positive[-1] * book.step
         excess = (size - top).clamp(min=0)
         spread = gap + (row_sum(excess.square()) / dim).sqrt()
