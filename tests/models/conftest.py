@@ -129,7 +129,7 @@ def chunkings(seed: int) -> dict[str, list[int]]:
     return {name: way + [1] * DECODED for name, way in ways.items()}
 
 
-def replay(
+def _replay(
     model: Model, tokens: Sequence[int], cuts: Iterable[int], *, dtype: str = "float32", kv: str = ""
 ) -> tuple[torch.Tensor, Counter[str]]:
     """Teacher-force tokens through a poisoned arena; return logits [T, V] and which kernels ran how often."""
@@ -152,7 +152,7 @@ def replay(
     return torch.cat(logits), kernels.calls
 
 
-def assert_parity(tiny: Tiny, *, bar: float = 1e-4, seed: int = 0) -> None:
+def _parity(tiny: Tiny, *, bar: float = 1e-4, seed: int = 0) -> None:
     """Every chunking gives transformers' float32 logits within the bar, through the kernels it should."""
     tokens = tokens_of(128, seed)
     expected = tiny.expected(tokens)
@@ -160,7 +160,7 @@ def assert_parity(tiny: Tiny, *, bar: float = 1e-4, seed: int = 0) -> None:
     model = tiny.checkpoint.load("float32")
     kinds = Counter(type(layer).__name__ for layer in model.spec.layers)
     for name, cuts in chunkings(seed).items():
-        logits, calls = replay(model, tokens, cuts)
+        logits, calls = _replay(model, tokens, cuts)
         assert logits.dtype == torch.float32
         error = (logits - expected).abs().max().item()
         assert error <= bar, f"{name}: {error:.2e}"
@@ -171,4 +171,9 @@ def assert_parity(tiny: Tiny, *, bar: float = 1e-4, seed: int = 0) -> None:
 
 @pytest.fixture(scope="session")
 def parity() -> Callable[..., None]:
-    return assert_parity
+    return _parity
+
+
+@pytest.fixture(scope="session")
+def replay() -> Callable[..., tuple[torch.Tensor, Counter[str]]]:
+    return _replay
