@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="truekv",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -49,6 +47,12 @@ TopK = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens.", rich_help_panel="Sampling")]
 Stop = Annotated[
     list[str] | None, typer.Option(help="End the answer before this string (repeatable).", rich_help_panel="Sampling")
+]
+Logprobs = Annotated[
+    int, typer.Option(metavar="K", help="Report the K most likely tokens.", rich_help_panel="Sampling")
+]
+Messages = Annotated[
+    str | None, typer.Option(metavar="FILE", help='A conversation as JSON: [{"role": "user", "content": "..."}].')
 ]
 CacheDtype = Annotated[
     str | None,
@@ -108,23 +112,17 @@ def _options(  # pyright: ignore[reportUnusedFunction] (typer calls it)
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT|-", help="The prompt; - reads it from stdin.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT|-", help="- reads the prompt from stdin.")] = None,
     *,
-    messages: Annotated[
-        str | None, typer.Option(metavar="FILE", help='A conversation as JSON: [{"role": "user", "content": "..."}].')
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the PROMPT into the chat template as a user message.")
-    ] = False,
+    messages: Messages = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Make the PROMPT a user message of the chat template.")] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
     stop: Stop = None,
-    logprobs: Annotated[
-        int, typer.Option(metavar="K", help="Report the K most likely tokens.", rich_help_panel="Sampling")
-    ] = 0,
+    logprobs: Logprobs = 0,
     kv_cache_dtype: CacheDtype = None,
     ctk: CacheK = None,
     ctv: CacheV = None,
@@ -138,33 +136,19 @@ def generate(
 ) -> None:
     """Complete a prompt, or answer a conversation; the text streams to the terminal.
 
-    For example:
-
+    Examples:
     * `truekv generate tiny-hybrid --chat "What is 7 * 8 + 3 * 4?" --kv-cache-dtype int8`
 
     * `truekv generate tiny-mla --messages talk.json --json`
 
     * `cat prompt.txt | truekv generate ./model - --temperature 0.7 --seed 1`
+
     """
     from truekv.serve.generate import run
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-        logprobs=logprobs,
-    )
-    options = EngineOptions(
-        dtype=dtype,
-        kv_cache_dtype=cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad),
-        kv_cache_map=kv_cache_map,
-        kv_cache_frames=kv_cache_frames,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
-    )
+    params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop, logprobs)
+    cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
+    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype)
     run(model, prompt, messages, options, params, chat=chat, as_json=as_json)
 
 
@@ -197,23 +181,9 @@ def chat(
     """
     from truekv.serve.chat import run
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    options = EngineOptions(
-        dtype=dtype,
-        kv_cache_dtype=cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad),
-        kv_cache_map=kv_cache_map,
-        kv_cache_frames=kv_cache_frames,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
-    )
-    run(model, options, params, system)
+    params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
+    cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
+    run(model, _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype), params, system)
 
 
 @app.command()
@@ -259,6 +229,47 @@ def plan(
 
 
 @app.command()
+def formats(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Count bytes for this model's layers.")] = None,
+    *,
+    as_json: AsJson = False,
+) -> int:
+    """List every KV format: bits per value, bytes per token, and the distortion it costs.
+
+    Example: `truekv formats tiny-mla`
+    """
+    from truekv.serve.formats import run
+
+    return run(model, as_json=as_json)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    *,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON lines: texts or conversations; default: some that come along."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Default: beside the weights.")
+    ] = None,
+    export: Annotated[
+        str | None, typer.Option(metavar="LAYOUT=DIR", help="Also write fp8 scales for vllm or sglang.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which of the prompts go into which set.")] = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Measure the frames that calibrated formats need, on real prompts through real memory.
+
+    Example: `truekv calibrate ./model --prompts talks.jsonl --export vllm=./scales`
+    """
+    from truekv.serve.calibrate import run
+
+    return run(model, prompts=prompts, output=output, export=export, seed=seed, as_json=as_json)
+
+
+@app.command()
 def demo(
     *,
     only: Annotated[int | None, typer.Option(metavar="N", help="Run one of the five.")] = None,
@@ -274,6 +285,37 @@ def demo(
     from truekv.serve.demo.run import run
 
     return run(only, seed, as_json=as_json)
+
+
+def _sampling(
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: list[str] | None,
+    logprobs: int = 0,
+) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
+    )
+
+
+def _engine(cache: str, layers: str, frames: str | None, length: int | None, dtype: Dtype) -> EngineOptions:
+    return EngineOptions(
+        dtype=dtype,
+        kv_cache_dtype=cache,
+        kv_cache_map=layers,
+        kv_cache_frames=frames,
+        max_model_len=length,
+        max_num_seqs=1,
+    )
 
 
 def cache_dtype(both: str | None, k: str | None, v: str | None, *, khad: bool, vhad: bool) -> str:
@@ -301,16 +343,14 @@ _INTERRUPTED: Final = 130
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; every error made on purpose is one sentence on stderr."""
-    own, end, rest = _split(list(arguments))
+    own, end, rest = _split(list(arguments) or ["--help"])
     debug = "--debug" in own
     try:
-        result = app([item for item in own if item != "--debug"] + end + rest, standalone_mode=False)
+        result = app(
+            [item for item in own if item != "--debug"] + end + rest, prog_name="truekv", standalone_mode=False
+        )
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader has left (`| head`); pointing stdout elsewhere keeps Python quiet at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except TrueKVError as error:
         return _say(str(error), error.exit_code, debug=debug)
     except Exception as error:
@@ -336,3 +376,7 @@ def _say(sentence: str, code: int, *, debug: bool) -> int:
         traceback.print_exc()
     sys.stderr.write(f"truekv: {sentence}\n")
     return code
+
+
+if __name__ == "__main__":
+    main()

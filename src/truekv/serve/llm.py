@@ -202,7 +202,8 @@ class LLM:
 
         `chunk`: tokens per step, or the sizes of the chunks one after the other; the last one repeats.
         """
-        sizes = [chunk or self.options.max_num_batched_tokens] if chunk is None or isinstance(chunk, int) else chunk
+        chunk = self.options.max_num_batched_tokens if chunk is None else chunk
+        sizes = [chunk] if isinstance(chunk, int) else chunk
         if not sizes or min(sizes) < 1:
             raise Refused(f"chunk is {chunk!r}, but a step takes at least one token")
         self._engine.check(token_ids, room=0)
