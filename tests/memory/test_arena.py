@@ -281,10 +281,10 @@ def test_a_sequence_that_is_not_what_its_slot_holds_is_corrupted() -> None:
     stale = copy.copy(sequence)
     with pytest.raises(Corrupted, match="does not own slot"):
         arena.reserve([Chunk(stale, [4])])
-    for name, value in (("position", 2), ("replay", 1), ("pages", []), ("reserved", (1, 0))):
+    for name, value in (("position", 2), ("replay", 1), ("pages", []), ("pages", [3]), ("reserved", (1, 0))):
         wrong = getattr(sequence, name)
         setattr(sequence, name, value)
-        with pytest.raises(Corrupted, match="only the arena may change them"):
+        with pytest.raises(Corrupted, match=f"says {name} = .*; only the arena may change that"):
             arena.reserve([Chunk(sequence, [4])])
         setattr(sequence, name, wrong)
     sequence.slot, other.slot = other.slot, sequence.slot
@@ -298,6 +298,16 @@ def test_a_sequence_that_is_not_what_its_slot_holds_is_corrupted() -> None:
             verb(sequence)
     with pytest.raises(Corrupted, match="does not own slot"):
         arena.close(stale)
+
+
+def test_closing_a_sequence_that_was_tampered_with_returns_what_was_handed_out() -> None:
+    arena = make_arena((gqa(),))
+    sequence = arena.open()
+    arena.reserve([Chunk(sequence, [0] * 40)])
+    sequence.pages, sequence.position = [arena.plan.pages - 1], 7
+    arena.close(sequence)
+    arena.check()
+    assert arena.free_pages == arena.plan.pages
 
 
 def test_a_step_that_is_run_twice_or_skipped_is_noticed_by_the_state() -> None:

@@ -42,8 +42,14 @@ class _Lease:
     sequence: Sequence
     position: int = 0
     replay: int = 0
-    pages: int = 0
+    pages: tuple[int, ...] = ()
     reserved: tuple[int, int] | None = None
+
+    def note(self) -> None:
+        """Take over what the arena has just written into the sequence."""
+        sequence = self.sequence
+        self.position, self.replay = sequence.position, sequence.replay
+        self.pages, self.reserved = tuple(sequence.pages), sequence.reserved
 
 
 class Arena:
@@ -94,7 +100,7 @@ class Arena:
     @property
     def held_pages(self) -> int:
         """Pages that open sequences hold."""
-        return sum(len(lease.sequence.pages) for lease in self._leases.values())
+        return sum(len(lease.pages) for lease in self._leases.values())
 
     @property
     def nbytes(self) -> int:
@@ -134,8 +140,8 @@ class Arena:
         for chunk, count in zip(chunks, missing, strict=True):
             sequence, lease = chunk.sequence, self._leases[chunk.sequence.slot]
             sequence.pages += [self._free_pages.pop() for _ in range(count)]
-            sequence.reserved = lease.reserved = (len(chunk.tokens), chunk.drafts)
-            lease.pages = len(sequence.pages)
+            sequence.reserved = (len(chunk.tokens), chunk.drafts)
+            lease.note()
         return self._step(chunks)
 
     def advance(self, sequence: Sequence, count: int) -> None:
@@ -159,15 +165,14 @@ class Arena:
         kept = self.plan.pages_for(sequence.position)
         self._release(sequence.pages[kept:])
         del sequence.pages[kept:]
-        self._note(lease)
+        lease.note()
         if self.poison:
             self._erase_rejected(sequence)
 
     def close(self, sequence: Sequence) -> None:
         """Give a sequence's pages and slot back, at any time, also with a step under way."""
         # Whatever the sequence claims, what comes back is what its lease says was handed out.
-        self._lease(sequence, moved=True)
-        self._release(sequence.pages)
+        self._release(self._lease(sequence, moved=True).pages)
         if self.poison:
             for layer in self._states():
                 layer.erase(sequence.slot)
@@ -177,7 +182,7 @@ class Arena:
 
     def check(self) -> None:
         """Raise Corrupted unless every page and slot is either free or held exactly once."""
-        held = [page for lease in self._leases.values() for page in lease.sequence.pages]
+        held = [page for lease in self._leases.values() for page in lease.pages]
         slots = [*self._free_slots, *self._leases]
         for what, found, total in (
             ("pages", [*self._free_pages, *held], self.plan.pages),
@@ -268,19 +273,16 @@ class Arena:
         if lease is None or lease.sequence is not sequence:
             state = "is closed" if sequence.slot < 0 else f"does not own slot {sequence.slot}"
             raise Corrupted(f"a sequence of {sequence.position} tokens {state}; open a new one and compute it again")
-        claimed = (sequence.position, sequence.replay, len(sequence.pages), sequence.reserved)
+        claimed = (sequence.position, sequence.replay, tuple(sequence.pages), sequence.reserved)
         known = (lease.position, lease.replay, lease.pages, lease.reserved)
         if claimed != known and not moved:
+            names = ("position", "replay", "pages", "reserved")
+            wrong = next(row for row in zip(names, claimed, known, strict=True) if row[1] != row[2])
             raise Corrupted(
-                f"the sequence in slot {sequence.slot} says (position, replay, pages, reserved) = {claimed}, but its "
-                f"memory holds {known}; only the arena may change them: close it and compute it again"
+                f"the sequence in slot {sequence.slot} says {wrong[0]} = {wrong[1]}, but its memory holds {wrong[2]}; "
+                "only the arena may change that: close it and compute it again"
             )
         return lease
-
-    def _note(self, lease: _Lease) -> None:
-        sequence = lease.sequence
-        lease.position, lease.replay = sequence.position, sequence.replay
-        lease.pages, lease.reserved = len(sequence.pages), sequence.reserved
 
     def _release(self, pages: Seq[int]) -> None:
         self._free_pages += pages
