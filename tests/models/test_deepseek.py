@@ -12,6 +12,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 from truekv.core.config import Config
 from truekv.core.errors import Refused
 from truekv.models.families.deepseek import FAMILY
+from truekv.models.ffn import DENSE_EXPERTS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -40,6 +41,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.707,
 }
+MANY = DENSE_EXPERTS + 4  # so many that each runs on its own tokens only
 CASES: dict[str, tuple[Any, Any]] = {
     "v2, one full query map": (DeepseekV2ForCausalLM, lambda: DeepseekV2Config(**SIZES, q_lora_rank=None)),
     "v2, low-rank queries, limited groups, YaRN, biases, tied, two shared experts": (
@@ -56,9 +58,15 @@ CASES: dict[str, tuple[Any, Any]] = {
             rope_scaling=dict(YARN),
         ),
     ),
-    "v3, low-rank queries, limited groups, YaRN": (
+    "v3, low-rank queries, many experts in limited groups, YaRN": (
         DeepseekV3ForCausalLM,
-        lambda: DeepseekV3Config(**SIZES, q_lora_rank=24, n_group=4, topk_group=2, rope_scaling=dict(YARN)),
+        lambda: DeepseekV3Config(
+            **(SIZES | {"n_routed_experts": MANY, "num_experts_per_tok": 3}),
+            q_lora_rank=24,
+            n_group=4,
+            topk_group=2,
+            rope_scaling=dict(YARN),
+        ),
     ),
     "v3, one full query map, rotary halves, no groups, weights not normalised, tied, biases": (
         DeepseekV3ForCausalLM,

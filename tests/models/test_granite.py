@@ -10,6 +10,7 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 from truekv.core.config import Config
 from truekv.core.errors import Refused
 from truekv.models.families.granitemoehybrid import FAMILY
+from truekv.models.ffn import DENSE_EXPERTS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -22,14 +23,14 @@ SIZES: dict[str, Any] = {
     "shared_intermediate_size": 48,
 }
 CASES: dict[str, Any] = {
-    "experts, no positions, two groups, all four multipliers, kv heads not shared": lambda: GraniteMoeHybridConfig(
+    "many experts, no positions, two groups, all four multipliers, kv heads not shared": lambda: GraniteMoeHybridConfig(
         **SIZES,
         num_key_value_heads=4,
         layer_types=["mamba", "attention", "mamba"],
         mamba_n_heads=8,
         mamba_n_groups=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
+        num_local_experts=DENSE_EXPERTS + 4,
+        num_experts_per_tok=3,
         attention_multiplier=0.2,
         embedding_multiplier=3.0,
         residual_multiplier=0.4,

@@ -148,6 +148,7 @@ def _read_mlp(config: Config, hidden: int, _eps: float) -> HybridLayer:
 def _close(config: Config, eps: float) -> None:
     """Refuse what is left over, but for fields of other kinds of blocks and of training."""
     config.only("norm_eps", eps)
+    config.only("rms_norm_eps", eps)
     config.only("tie_word_embeddings", False)  # noqa: FBT003 (a neutral value, not a switch)
     config.only("residual_in_fp32", False)  # noqa: FBT003 (a neutral value, not a switch)
     config.ignore("vocab_size", "max_position_embeddings", *_INERT.split())
@@ -160,7 +161,7 @@ _INERT: Final = """
 mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel use_conv_bias time_step_limit time_step_min
 mamba_hidden_act mamba_ssm_cache_dtype num_attention_heads num_key_value_heads head_dim attention_head_dim
 mlp_hidden_act intermediate_size moe_intermediate_size moe_shared_expert_intermediate_size n_routed_experts
-n_shared_experts num_experts_per_tok routed_scaling_factor norm_topk_prob n_group topk_group norm_eps
+n_shared_experts num_experts_per_tok routed_scaling_factor norm_topk_prob n_group topk_group norm_eps rms_norm_eps
 chunk_size expand time_step_max time_step_floor rescale_prenorm_residual num_logits_to_keep use_mamba_kernels
 moe_shared_expert_overlap rope_theta partial_rotary_factor
 """
