@@ -22,7 +22,6 @@ from truekv.formats.frame import (
     Frame,
     Provenance,
     frame_for,
-    layer_frames,
     load_frames,
     model_digest,
     save_frames,
@@ -126,24 +125,6 @@ def test_the_format_decides_what_of_a_frame_applies() -> None:
         frame = frame_for(codecs()[name], measured)
         assert frame.scale is measured.scale
         assert frame.rotated is rotated
-
-
-def test_frames_are_laid_out_by_layer_and_field() -> None:
-    measured = {(2, "k"): Frame(torch.ones(2, 64), None), (3, "v"): Frame(None, torch.ones(2, 64))}
-    pair = (codecs()["int8"], codecs()["bf16"])
-    layers = layer_frames(HYBRID.layers, (None, None, pair), measured)
-    assert layers[:2] == ((), ())
-    key, value = layers[2]
-    assert key is not None
-    assert key.centre is measured[2, "k"].centre
-    assert key.rotated
-    assert value is None
-    fp8 = (codecs()["fp8_e4m3"],) * 2
-    key, value = layer_frames(HYBRID.draft_layers, (fp8,), measured, first=3)[0]
-    assert key is None
-    assert value is not None
-    assert value.scale is measured[3, "v"].scale
-    assert not value.rotated
 
 
 @pytest.mark.parametrize("name", ["int8", "kv4", "kv3"])

@@ -31,10 +31,9 @@ from truekv.formats.rotation import rotate, unrotate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from collections.abc import Sequence as Seq
 
     from truekv.core.protocols import CacheFormat
-    from truekv.core.spec import Field, LayerSpec, ModelSpec
+    from truekv.core.spec import Field, ModelSpec
 
 VERSION: Final = 1
 """Of the file; it changes with the meaning of the numbers, the rotation included."""
@@ -137,28 +136,6 @@ def frame_for(codec: CacheFormat, measured: Frame | None) -> Frame:
     if not codec.rotated and not codec.calibrated:
         return IDENTITY
     return replace(measured or IDENTITY, rotated=codec.rotated)
-
-
-def layer_frames(
-    layers: Seq[LayerSpec],
-    formats: Seq[tuple[CacheFormat, ...] | None],
-    measured: Mapping[tuple[int, str], Frame] | None = None,
-    *,
-    first: int = 0,
-) -> tuple[tuple[Frame | None, ...], ...]:
-    """Return the frame of every field of every layer; None where rows are stored as they are.
-
-    `first` is the index of layers[0] in the checkpoint: len(spec.layers) for the draft layers.
-    """
-    found: list[tuple[Frame | None, ...]] = []
-    for index, (layer, chosen) in enumerate(zip(layers, formats, strict=True), first):
-        fields = layer.fields if isinstance(layer, Paged) else ()
-        frames = (
-            frame_for(codec, (measured or {}).get((index, item.name)))
-            for item, codec in zip(fields, chosen or (), strict=True)
-        )
-        found.append(tuple(None if frame.identity else frame for frame in frames))
-    return tuple(found)
 
 
 def model_digest(spec: ModelSpec) -> str:
