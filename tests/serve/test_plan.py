@@ -261,6 +261,22 @@ def test_formats_that_need_a_measurement_say_so() -> None:
     assert planned("qwen3.6-27b", kv_cache_dtype="int8")["before_running"] is None
 
 
+def test_frames_beside_the_weights_count_for_the_fields_they_cover(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    directory(tmp_path, "qwen3.6-27b")
+    places = [f"layers.{index}.{field}" for index in range(3, 64, 4) for field in "kv"]
+    for covered, lacking in ((places, None), (places[:-1], "layer 63 has none for its v rows")):
+        save_file(
+            {f"{place}.centre": torch.zeros(4, 256) for place in covered}, tmp_path / "kv_cache_frames.safetensors"
+        )
+        assert run(str(tmp_path), **{**DEFAULTS, "kv_cache_dtype": "kv4"}) == 0
+        first = json.loads(capsys.readouterr().out)["before_running"]
+        assert first is None if lacking is None else lacking in first
+
+
 def test_the_compute_dtype_is_what_weights_and_states_are_planned_in() -> None:
     half, full = planned("qwen3.5-0.8b"), planned("qwen3.5-0.8b", dtype="float32")
     assert full["weight_bytes"] == 2 * half["weight_bytes"]

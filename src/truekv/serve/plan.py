@@ -15,6 +15,7 @@ from truekv.core.options import EngineOptions
 from truekv.core.spec import Recurrent
 from truekv.formats.choice import choose_formats
 from truekv.memory.plan import enough, plan, readable
+from truekv.models.headers import read_header
 from truekv.models.weights import Checkpoint
 from truekv.serve.assemble import FRAMES_FILE, locate
 from truekv.trust.verdict import judge
@@ -167,9 +168,11 @@ class Outcome:
     @property
     def first(self) -> str | None:
         """What to do before this can run, None if nothing."""
-        if (self.request.checkpoint.directory / FRAMES_FILE).exists():
-            return None
-        judged = judge(self.spec, self.formats, model=self.request.model)
+        path = self.request.checkpoint.directory / FRAMES_FILE
+        keys = [key.split(".") for key in read_header(path)] if path.exists() else []
+        # Keys are layers.INDEX.FIELD.PART; what else is wrong with frames shows when they are loaded.
+        measured = {(int(key[1]), key[2]) for key in keys if len(key) == 4 and key[1].isdecimal()}
+        judged = judge(self.spec, self.formats, measured, model=self.request.model)
         return None if judged.answer == "run" else judged.reason
 
     @property
