@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
     from truekv.core.protocols import LayerMemory, Model, PagedMemory
-    from truekv.core.spec import Field
+    from truekv.core.spec import Field, ModelSpec
     from truekv.formats.frame import Frame
 
 Place = tuple[int, str]
@@ -91,22 +91,40 @@ class Check:
 class Watch:
     """A paged layer's memory that shows what passes to its sinks first; implements PagedMemory."""
 
-    def __init__(self, memory: PagedMemory, index: int, layer: Paged) -> None:
-        """Stand before the memory of one layer."""
+    def __init__(self, memory: PagedMemory, layer: Paged, sinks: Sequence[Sink]) -> None:
+        """Stand before the memory of one layer; one sink per field."""
         self._memory = memory
-        self._index = index
         self._layer = layer
-        self.sinks: Mapping[Place, Sink] = {}
+        self._sinks = sinks
 
     def attend(
         self, queries: tuple[torch.Tensor, ...], rows: tuple[torch.Tensor, ...], scale: float, step: Step
     ) -> torch.Tensor:
         """Show rows and queries as they are, then let the memory do its work."""
         remaining = list(queries)
-        for item, values in zip(self._layer.fields, rows, strict=True):
-            query = None if item.role == "value" else remaining.pop(0)
-            self.sinks[self._index, item.name].see(values, query)
+        for item, values, sink in zip(self._layer.fields, rows, self._sinks, strict=True):
+            sink.see(values, None if item.role == "value" else remaining.pop(0))
         return self._memory.attend(queries, rows, scale, step)
+
+
+def places(spec: ModelSpec) -> dict[Place, Field]:
+    """Return every field of every paged layer; draft layers are not among them."""
+    return {
+        (index, item.name): item
+        for index, layer in enumerate(spec.layers)
+        if isinstance(layer, Paged)
+        for item in layer.fields
+    }
+
+
+def watch(spec: ModelSpec, layers: Sequence[LayerMemory], sinks: Mapping[Place, Sink]) -> tuple[LayerMemory, ...]:
+    """Return the memory of all layers with a watch before each paged one."""
+    return tuple(
+        Watch(cast("PagedMemory", memory), layer, [sinks[index, item.name] for item in layer.fields])
+        if isinstance(layer, Paged)
+        else memory
+        for index, (layer, memory) in enumerate(zip(spec.layers, layers, strict=True))
+    )
 
 
 class Session:
@@ -117,12 +135,7 @@ class Session:
     ) -> None:
         """Allocate float32 rows for BATCH sequences of `longest` tokens; refuse a model without rows."""
         spec = model.spec
-        self.fields = {
-            (index, item.name): item
-            for index, layer in enumerate(spec.layers)
-            if isinstance(layer, Paged)
-            for item in layer.fields
-        }
+        self.fields = places(spec)
         if not self.fields:
             raise Refused("this model has no layer with a KV cache, so there is nothing to calibrate")
         if longest > spec.max_positions:
@@ -133,27 +146,16 @@ class Session:
         formats = [chosen or () for chosen in choose_formats(spec, "f32", "", dtype)]
         layout = plan(spec, formats, max_model_len=longest, max_num_seqs=BATCH, dtype=dtype)
         self._arena = Arena(spec, layout, select(spec, formats))
-        self._watches: list[Watch] = []
-        self._arena.layers = tuple(
-            self._watched(index, layer, memory)
-            for index, (layer, memory) in enumerate(zip(spec.layers, self._arena.layers, strict=True))
-        )
+        self._spec, self._layers = spec, self._arena.layers
         self._runner = Runner(model, self._arena)
         self._ends = ends
         self._decode = decode
         self.decoded = 0
         """Tokens that the model generated itself."""
 
-    def _watched(self, index: int, layer: object, memory: LayerMemory) -> LayerMemory:
-        if not isinstance(layer, Paged):
-            return memory
-        self._watches.append(Watch(cast("PagedMemory", memory), index, layer))
-        return self._watches[-1]
-
     def run(self, prompts: Sequence[Sequence[int]], sinks: Mapping[Place, Sink]) -> None:
         """Store prompts one by one, then continue them together; at most BATCH of them."""
-        for watch in self._watches:
-            watch.sinks = sinks
+        self._arena.layers = watch(self._spec, self._layers, sinks)
         sequences = [self._arena.open() for _ in prompts]
         try:
             self._continue(
