@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from truekv.tiny.tasks import Scenario
 
 SCENARIOS: Final = 20
-CANDIDATES: Final = 60
+CANDIDATES: Final = 120
 """Conversations drawn; the shortest SCENARIOS of them are played, to keep the demo short."""
-COMPARED: Final = 8
+COMPARED: Final = 5
 """Scenarios whose logits are compared."""
 LONGEST: Final = 24
 TOLERANCE: Final = 0.01
@@ -63,13 +64,13 @@ def run(seed: int) -> Case:
     gains = latent_gains(stage.name)
     shared = shared_scale(stage, gains, questions[0].prompt)
     naive = play(stage, shared_arena(stage, gains, shared), questions)
-    shipped = play(stage, shared_arena(stage, gains, 1.0), questions)
+    shipped = divergence_of(stage, shared_arena(stage, gains, 1.0, sequences=1), questions)
     ours = {name: play(stage, stage.arena(name, sequences=len(questions)), questions) for name in FORMATS}
     chosen = ours[FORMATS[0]]
     goal = sum(reference) / len(reference)
     lost = [place for place, good in enumerate(reference) if good and not naive.right[place]]
     shown = lost[0] if lost else 0
-    close = all(abs(score.share - goal) <= TOLERANCE for score in ours.values())
+    close = goal > 0 and all(goal - score.share <= TOLERANCE for score in ours.values())
     return Case(
         case=2,
         title="FP8 on MLA latents",
@@ -85,13 +86,13 @@ def run(seed: int) -> Case:
             stage,
             naive,
             shown,
-            good=abs(naive.share - goal) <= TOLERANCE,
-            more=f"one scale {shared:.2g} from the latent; with scale 1 as shipped: {_told(shipped)}",
+            good=goal - naive.share <= TOLERANCE < goal,
+            more=f"one scale {shared:.2g} from the latent; with scale 1 as shipped: KL {shipped:.1e}",
         ),
         truekv=_outcome(
             stage, chosen, shown, good=close, more="; ".join(f"{name}: {_told(score)}" for name, score in ours.items())
         ),
-        passed=reference[shown] and close and goal - naive.share > TOLERANCE and chosen.kl < min(naive.kl, shipped.kl),
+        passed=reference[shown] and close and goal - naive.share > TOLERANCE and chosen.kl < min(naive.kl, shipped),
     )
 
 
@@ -118,8 +119,13 @@ def play(stage: Stage, arena: Arena, questions: Sequence[Question]) -> Score:
     """Let a memory answer all questions, and compare its logits with the plain model's on some of them."""
     answers = stage.answer(arena, [item.prompt for item in questions], LONGEST)
     right = [correct(item.example, stage.text(said.tokens)) for item, said in zip(questions, answers, strict=True)]
+    return Score(answers, right, divergence_of(stage, arena, questions))
+
+
+def divergence_of(stage: Stage, arena: Arena, questions: Sequence[Question]) -> float:
+    """Mean KL to the plain model along its own answers to some of the questions; infinite if numbers broke."""
     kls = [stage.kl(arena, item.prompt, item.reference) for item in questions[:COMPARED]]
-    return Score(answers, right, sum(kl if kl is not None else float("inf") for kl in kls) / len(kls))
+    return sum(math.inf if kl is None else kl for kl in kls) / len(kls)
 
 
 class SharedScale:
