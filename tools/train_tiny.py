@@ -13,6 +13,7 @@ import transformers
 from tiny_training import architectures, forward, mtp, scoring
 from tiny_training.documents import IGNORED, Batches
 from tiny_training.export import save_model
+from tiny_training.initialisation import forget_soon
 from tiny_training.optimizer import Optimizer
 from tiny_training.rescaling import snap_norms
 from tiny_training.tokenizer import save_tokenizer, train_tokenizer
@@ -74,6 +75,8 @@ def train_trunk(
         loss = loss_of(model, ids, labels)
         loss.backward()
         optimizer.step(schedule(progress))
+        if args.model == "hybrid":
+            forget_soon(model)
         tokens += ids.numel()
         if length == 256:
             average = loss.item() if step == 0 else 0.95 * average + 0.05 * loss.item()

@@ -117,3 +117,19 @@ def _wire_latent(look: Any, match: Any) -> None:  # noqa: ANN401
     match.q_b_proj.weight[: nope + rope] *= 0.05
     match.q_b_proj.weight[:nope, :nope] = torch.eye(nope) * 2
     match.o_proj.weight[:, :value] = latent[value : 2 * value].T
+
+
+@torch.no_grad()
+def forget_soon(model: nn.Module) -> None:
+    """Keep the memory of every recurrent head within a few tokens, after each optimizer step.
+
+    A trunk this small recalls facts over thousands of tokens in its recurrent state alone, and then its attention
+    layers learn nothing: any damage to their cache would be invisible. Large hybrids need their attention; so must this.
+    """
+    for module in model.modules():
+        if hasattr(module, "in_proj_qkv"):
+            module.A_log.zero_()
+            # Decay rates softplus(dt_bias) from 1 down to 1/8 per token; the input moves them by a factor of two.
+            rates = torch.logspace(0, -3, len(module.dt_bias), base=2)
+            module.dt_bias.copy_(rates.expm1().log())
+            module.in_proj_a.weight.clamp_(-0.005, 0.005)
