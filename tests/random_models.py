@@ -68,7 +68,9 @@ def _save(config: dict[str, Any], directory: Path) -> Path:
     shapes = understand(Config(config)).tensors
     tensors = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     # Norm weights, decays and biases of steps lie around 1.
-    save_file({name: 1 + one if one.ndim == 1 else one for name, one in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name: 1 + one if one.ndim == 1 else one for name, one in tensors.items()}, directory / "model.safetensors"
+    )
     return directory
 
 
