@@ -135,7 +135,8 @@ class DecoderShape:
     """Whether the output head is the embedding."""
     zero_centred: bool = False
     """Whether norm weights are stored minus one."""
-    prefix: str = "model."
+    prefixes: tuple[str, ...] = ("model.",)
+    """What tensor names may start with; the checkpoint decides."""
     ignored: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     """Regular expressions (full match) of tensors that stay float32 whatever the compute dtype."""
@@ -164,36 +165,38 @@ class DecoderShape:
 
     @functools.cached_property
     def layouts(self) -> tuple[Shapes, ...]:
-        """Every layout that `build` takes: experts one by one, and fused where there are any."""
+        """Every layout that `build` takes: under each prefix, experts one by one, and fused where there are any."""
         mixture = any(isinstance(layer.ffn, MoeShape) for layer in self.layers)
-        return tuple(self._tensors(fused=fused) for fused in ((False, True) if mixture else (False,)))
+        ways = (False, True) if mixture else (False,)
+        return tuple(self._tensors(prefix, fused=fused) for prefix in self.prefixes for fused in ways)
 
-    def _tensors(self, *, fused: bool) -> Shapes:
+    def _tensors(self, prefix: str, *, fused: bool) -> Shapes:
         hidden, vocabulary = self.spec.hidden_size, self.spec.vocab_size
         shapes: Shapes = {
-            f"{self.prefix}embed_tokens.weight": (vocabulary, hidden),
-            f"{self.prefix}norm.weight": (hidden,),
+            f"{prefix}embed_tokens.weight": (vocabulary, hidden),
+            f"{prefix}norm.weight": (hidden,),
         }
         if not self.tied:
             shapes["lm_head.weight"] = (vocabulary, hidden)
         for index, layer in enumerate(self.layers):
-            shapes |= layer.tensors(f"{self.prefix}layers.{index}.", hidden, fused=fused)
+            shapes |= layer.tensors(f"{prefix}layers.{index}.", hidden, fused=fused)
         return shapes
 
     def build(self, weights: Mapping[str, torch.Tensor]) -> Decoder:
         """Compose the model from its tensors, in any of its layouts."""
+        prefix = next(item for item in self.prefixes if f"{item}embed_tokens.weight" in weights)
 
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(weights[f"{self.prefix}{name}.weight"], self.eps, zero_centred=self.zero_centred)
+            return RMSNorm(weights[f"{prefix}{name}.weight"], self.eps, zero_centred=self.zero_centred)
 
         layers: list[Layer] = []
         for index, layer in enumerate(self.layers):
             name = f"layers.{index}."
-            mixer = layer.mixer.build(weights, f"{self.prefix}{name}{layer.mixer_name}.")
-            ffn = layer.ffn.build(weights, f"{self.prefix}{name}{layer.ffn_name}.")
+            mixer = layer.mixer.build(weights, f"{prefix}{name}{layer.mixer_name}.")
+            ffn = layer.ffn.build(weights, f"{prefix}{name}{layer.ffn_name}.")
             layers.append(
                 Layer((norm(f"{name}input_layernorm"), mixer), (norm(f"{name}post_attention_layernorm"), ffn))
             )
-        embedding = weights[f"{self.prefix}embed_tokens.weight"]
+        embedding = weights[f"{prefix}embed_tokens.weight"]
         head = Head(norm("norm"), embedding if self.tied else weights["lm_head.weight"])
         return Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, embedding.device))

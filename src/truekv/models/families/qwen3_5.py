@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from truekv.core.protocols import Family
     from truekv.models.decoder import DecoderShape
 
+WRAPPED: Final = "model.language_model."
+
 
 class Qwen35:
     """Qwen3_5(Moe)ForCausalLM, and Qwen3_5(Moe)ForConditionalGeneration without its images."""
@@ -24,7 +26,8 @@ class Qwen35:
     def read(self, config: Config) -> DecoderShape:
         """Understand a text config, or the wrapper that nests one."""
         if config.string("model_type").endswith("_text"):
-            return _read_text(config, "model.")
+            # Text saved out of a wrapper keeps the wrapper's names.
+            return _read_text(config, ("model.", WRAPPED))
         return _read_wrapper(config)
 
 
@@ -39,11 +42,11 @@ def _read_wrapper(config: Config) -> DecoderShape:
         text.values["dtype"] = config.string("dtype")
     config.ignore("vision_config", *(f"{what}_token_id" for what in ("image", "video", "vision_start", "vision_end")))
     config.close()
-    shape = _read_text(text, "model.language_model.")
+    shape = _read_text(text, (WRAPPED,))
     return dataclasses.replace(shape, ignored=(*shape.ignored, r"model\.visual\..*"))
 
 
-def _read_text(config: Config, prefix: str) -> DecoderShape:
+def _read_text(config: Config, prefixes: tuple[str, ...]) -> DecoderShape:
     sizes = Sizes.read(config)
     if "num_experts" in config:
         # These routers always normalise, and every layer has experts.
@@ -51,9 +54,9 @@ def _read_text(config: Config, prefix: str) -> DecoderShape:
         config.only("mlp_only_layers", [])
         config.ignore("intermediate_size")
         mixture = read_mixture(config, sizes.hidden, normalised=True)
-        return read_hybrid(config, "qwen3_5_moe", sizes, [mixture] * sizes.layers, packed=False, prefix=prefix)
+        return read_hybrid(config, "qwen3_5_moe", sizes, [mixture] * sizes.layers, packed=False, prefixes=prefixes)
     mlp = MlpShape(sizes.hidden, config.integer("intermediate_size"))
-    return read_hybrid(config, "qwen3_5", sizes, [mlp] * sizes.layers, packed=False, prefix=prefix)
+    return read_hybrid(config, "qwen3_5", sizes, [mlp] * sizes.layers, packed=False, prefixes=prefixes)
 
 
 FAMILY: Final[Family] = Qwen35()

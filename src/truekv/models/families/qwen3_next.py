@@ -62,7 +62,7 @@ def read_hybrid(
     ffns: Seq[MlpShape | MoeShape],
     *,
     packed: bool,
-    prefix: str = "model.",
+    prefixes: tuple[str, ...] = ("model.",),
 ) -> DecoderShape:
     """Read the rest of a GDN hybrid and close its config; `ffns` has one block per layer."""
     bias = config.boolean("attention_bias", default=False)
@@ -112,7 +112,7 @@ def read_hybrid(
     return dataclasses.replace(
         shape,
         spec=dataclasses.replace(shape.spec, draft_layers=(attention.spec(),) * drafts),
-        prefix=prefix,
+        prefixes=prefixes,
         ignored=(*shape.ignored, r"mtp\..*"),
         # The decay is exp(-exp(A_log) * ...): bfloat16 there moves how long a state remembers.
         float32=(r".*\.A_log", r".*\.dt_bias"),
