@@ -168,7 +168,7 @@ def _show(calibration: Calibration, written: list[str]) -> None:
     provenance = calibration.frames.provenance
     console = Console()
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("layer", "field", "rows", "largest (two halves)", "agree", "frame's scale", "fp8 scale elsewhere"):
+    for name in ("layer", "field", "rows", "largest, by half", "agree", "frame's scale", "fp8 scale"):
         table.add_column(name, justify="left" if name == "field" else "right")
     for item in calibration.sources:
         table.add_row(
