@@ -165,6 +165,7 @@ def test_the_layer_of_drafts_is_known_and_left_alone(save: Any) -> None:
         ({"num_key_value_heads": 1}, "'num_key_value_heads' is 1, but only 4 is implemented"),
         ({"moe_layer_freq": 2}, "'moe_layer_freq' is 2, but only 1 is implemented"),
         ({"topk_method": "group_limited_greedy", "n_group": 3}, "8 experts cannot be routed in 3 groups"),
+        ({"routed_scaling_factor": float("inf")}, "'routed_scaling_factor' is inf, but must be positive and finite"),
         ({"num_experts_per_tok": 9}, "'num_experts_per_tok' is 9, but the kept groups hold 8 experts"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor turns 4 of 8 rotary dimensions"),
         ({"index_topk": 2048}, "'index_topk' is 2048, a field that truekv does not implement"),

@@ -158,6 +158,9 @@ def test_draft_layers_are_declared_and_their_tensors_ignored() -> None:
         ({"n_groups": 3}, "8 Mamba heads cannot be shared out to 3 groups"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 key/value heads evenly"),
         ({"sliding_window": 128}, "'sliding_window' is 128, a field that truekv does not implement"),
+        ({"layer_norm_epsilon": 0}, "'layer_norm_epsilon' is 0, but must be between 0 and 1"),
+        ({"time_step_min": -1.0}, "'time_step_min' is -1, but must be a finite time step"),
+        ({"rms_norm_eps": 1e-6}, "'rms_norm_eps' is 1e-06, but only 1e-05 is implemented"),
         ({"conv_kernel": 1}, "a Mamba convolution of 1 tap is not implemented"),
     ],
 )

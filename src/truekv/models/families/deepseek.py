@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.errors import Refused
@@ -91,13 +92,15 @@ def read_sigmoid_routing(config: Config) -> Routing:
 
 
 def checked_routing(config: Config, routing: Routing, *, ranked: int) -> Routing:
-    """Refuse groups that cannot be ranked by their `ranked` best experts, or hold too few of them."""
+    """Refuse groups that cannot be ranked by their `ranked` best experts or hold too few, and unusable scales."""
     size = routing.experts // routing.groups
     if routing.experts % routing.groups or size < ranked or routing.kept_groups > routing.groups:
         raise Refused(
             f"{config.where}: {routing.experts} experts cannot be routed in {routing.groups} groups "
             f"of which {routing.kept_groups} are kept"
         )
+    if not 0.0 < routing.scale < math.inf:
+        raise Refused(f"{config.where}: 'routed_scaling_factor' is {routing.scale:g}, but must be positive and finite")
     if routing.per_token > size * routing.kept_groups:
         raise Refused(
             f"{config.where}: 'num_experts_per_tok' is {routing.per_token}, "

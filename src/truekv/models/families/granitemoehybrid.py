@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -86,10 +87,7 @@ class GraniteMoeHybrid:
         rope = read_rope(config, sizes.head_dim, sizes.max_positions) if turned else None
         config.only("normalization_function", "rmsnorm")
         config.ignore("normalization_function", "init_method")  # the latter is about training
-        scales = [config.number(f"{name}_multiplier", 1.0) for name in ("embedding", "residual")]
-        divisor = config.number("logits_scaling", 1.0)
-        if divisor == 0.0:
-            raise Refused(f"{config.where}: 'logits_scaling' is 0, but logits are divided by it")
+        embedding_scale, residual_scale, divisor = _read_multipliers(config)
         config.close()
         layers = tuple(HybridLayer(mixers[kind], ffn) for kind in kinds)
         return HybridShape(
@@ -105,12 +103,24 @@ class GraniteMoeHybrid:
             sizes.eps,
             sizes.tied,
             rope,
-            embedding_scale=scales[0],
-            residual_scale=scales[1],
+            embedding_scale=embedding_scale,
+            residual_scale=residual_scale,
             logits_scale=1.0 / divisor,
             ignored=(r"lm_head\.weight",) if sizes.tied else (),
             float32=(r".*\.A_log", r".*\.dt_bias", r".*\.mamba\.D"),
         )
+
+
+def _read_multipliers(config: Config) -> tuple[float, float, float]:
+    """Return what embeddings and residual branches are multiplied by, and what logits are divided by."""
+    values: list[float] = []
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        value = config.number(name, 1.0)
+        if not 0.0 < value < math.inf:
+            raise Refused(f"{config.where}: '{name}' is {value:g}, but must be a positive finite number")
+        values.append(value)
+    embedding, residual, divisor = values
+    return embedding, residual, divisor
 
 
 def _read_attention(config: Config, sizes: Sizes) -> GqaShape:

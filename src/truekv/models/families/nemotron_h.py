@@ -35,6 +35,8 @@ class NemotronH:
         """Understand the config of a released Nemotron-H, Nemotron Nano 2 or Nemotron 3."""
         hidden = config.integer("hidden_size")
         eps = config.number("layer_norm_epsilon", 1e-5)
+        if not 0.0 < eps < 1.0:
+            raise Refused(f"{config.where}: 'layer_norm_epsilon' is {eps:g}, but must be between 0 and 1")
         kinds = _read_kinds(config, "layers_block_type", "layer_types", "hybrid_override_pattern")
         config.only("num_hidden_layers", len(kinds))
         config.ignore("num_hidden_layers")
@@ -95,6 +97,8 @@ def _read_mamba(config: Config, hidden: int, eps: float) -> HybridLayer:
     # unread; its single-token step does not clamp at all. Here every token is clamped, however it came,
     # so prefill and decoding are one function, the one that the whole sequence defines.
     limits = (config.number("time_step_min", 0.001), float("inf"))
+    if not 0.0 <= limits[0] < limits[1]:
+        raise Refused(f"{config.where}: 'time_step_min' is {limits[0]:g}, but must be a finite time step, 0 or more")
     shape = Mamba2Shape(
         hidden,
         config.integer("mamba_num_heads", high=4096),
