@@ -176,3 +176,12 @@ def test_what_is_not_implemented_is_refused(change: dict[str, Any], sentence: st
     with pytest.raises(Refused) as refusal:
         FAMILY.read(Config(LITE | change))
     assert sentence in str(refusal.value)
+
+
+def test_the_bias_that_chooses_experts_is_never_rounded(save: Any) -> None:
+    tiny = save(DeepseekV3ForCausalLM, DeepseekV3Config(**SIZES, q_lora_rank=24, n_group=1, topk_group=1))
+    model = tiny.checkpoint.load("bfloat16")
+    stored = tiny.reference.model.layers[1].mlp.gate.e_score_correction_bias
+    assert not torch.equal(stored.bfloat16().float(), stored), "this bias could not tell"
+    assert torch.equal(model.layers[1].ffn[1].router.bias, stored)
+    assert model.layers[1].ffn[1].experts[0].up.weight.dtype == torch.bfloat16
