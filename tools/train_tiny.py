@@ -17,6 +17,7 @@ from tiny_training.initialisation import forget_soon
 from tiny_training.optimizer import Optimizer
 from tiny_training.rescaling import snap_norms
 from tiny_training.tokenizer import save_tokenizer, train_tokenizer
+from tokenizers import Tokenizer
 
 CHAT_TEMPLATE = Path(__file__).parents[1] / "src/truekv/tiny/chat_template.jinja"
 TOKENS_PER_STEP = 4096
@@ -102,12 +103,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
-    parser.add_argument("--resume", type=Path, help="weights of an earlier trunk")
+    parser.add_argument("--resume", type=Path, help="weights of an earlier trunk, beside its tokenizer")
     parser.add_argument("--curriculum-from", type=float, default=0.0, help="skip this share of the curriculum")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(0)
+    # Weights only mean something with the tokenizer they were trained with.
+    tokenizer = Tokenizer.from_file(str(args.resume.parent / "tokenizer.json")) if args.resume else train_tokenizer(0)
     save_tokenizer(tokenizer, args.out, CHAT_TEMPLATE)
     fast = transformers.AutoTokenizer.from_pretrained(args.out)
     suite = {task: scoring.tokenize(fast, found) for task, found in scoring.heldout_suite(args.seed, 16).items()}

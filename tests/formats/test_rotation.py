@@ -52,6 +52,9 @@ def test_sums_do_not_depend_on_their_order() -> None:
     assert torch.equal(row_sum(values), row_sum(values[:, order]))
     assert not torch.equal(values.sum(-1), values[:, order].sum(-1))  # which a plain sum does not achieve
     assert torch.allclose(row_sum(values)[:, 0].double(), values.double().sum(-1), rtol=1e-7)
+    # Not only after rounding: the float64 sums themselves are exact, which those of the raw numbers are not.
+    assert on_grid(values).sum(-1).tolist() == [math.fsum(row) for row in on_grid(values).tolist()]
+    assert values.double().sum(-1).tolist() != [math.fsum(row) for row in values.tolist()]
     assert float((on_grid(values) - values.double()).abs().max()) <= 1e5 * 2.0**-40
 
 

@@ -269,9 +269,9 @@ def test_frames_beside_the_weights_count_for_the_fields_they_cover(
     directory(tmp_path, "qwen3.6-27b")
     places = [f"layers.{index}.{field}" for index in range(3, 64, 4) for field in "kv"]
     for covered, lacking in ((places, None), (places[:-1], "layer 63 has none for its v rows")):
-        save_file(
-            {f"{place}.centre": torch.zeros(4, 256) for place in covered}, tmp_path / "kv_cache_frames.safetensors"
-        )
+        path = tmp_path / "truekv/kv_cache_frames.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({f"{place}.centre": torch.zeros(4, 256) for place in covered}, path)
         assert run(str(tmp_path), **{**DEFAULTS, "kv_cache_dtype": "kv4"}) == 0
         first = json.loads(capsys.readouterr().out)["before_running"]
         assert first is None if lacking is None else lacking in first

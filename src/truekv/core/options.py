@@ -20,7 +20,7 @@ class EngineOptions:
     kv_cache_map: str = ""
     """Per-layer exceptions, "3=bf16,7-11=int8/kv4" (layer indices of the checkpoint)."""
     kv_cache_frames: str | None = None
-    """File of measured frames (`truekv calibrate`); default: kv_cache_frames.safetensors beside the weights."""
+    """File of measured frames (`truekv calibrate`); default: truekv/kv_cache_frames.safetensors beside the weights."""
     max_model_len: int | None = None
     """Longest context in tokens; default: what the checkpoint allows."""
     max_num_seqs: int = 8

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 EMBEDDED: Final = ("tiny-hybrid", "tiny-mla", "tiny-dense")
 """Models that come with the package; their names work wherever a model is named."""
-FRAMES_FILE: Final = "kv_cache_frames.safetensors"
+# In a folder of its own: other engines load every safetensors file that lies beside config.json.
+FRAMES_FILE: Final = "truekv/kv_cache_frames.safetensors"
 
 Measured = Mapping[tuple[int, str], "Frame"]
 Formats = tuple["tuple[CacheFormat, ...] | None", ...]
@@ -130,7 +131,7 @@ def _permit(spec: ModelSpec, formats: Formats, measured: Measured, model: str) -
     """Refuse what the verdict does not let run."""
     from truekv.trust.verdict import judge
 
-    verdict = judge(spec, formats, measured.keys(), model=model)
+    verdict = judge(spec, formats, measured, model=model)
     if verdict.answer != "run":
         raise Refused(verdict.reason)
 

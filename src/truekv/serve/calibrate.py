@@ -29,7 +29,7 @@ _COUNT: Final = 48
 
 
 def run(model: str, *, prompts: str | None, output: str | None, export: str | None, seed: int, as_json: bool) -> int:
-    """Calibrate, write kv_cache_frames.safetensors, print a table (or one JSON object), and return 0.
+    """Calibrate, write truekv/kv_cache_frames.safetensors, print a table (or one JSON object), and return 0.
 
     `prompts`: a JSONL file, each line a text, a list of messages, or an object with "messages" (and
     "tools") or "text"; default: varied conversations that come along. `output`: the file to write;
@@ -55,7 +55,9 @@ def run(model: str, *, prompts: str | None, output: str | None, export: str | No
 
 def _writable(path: Path) -> Path:
     """Refuse a place that cannot be written before minutes are spent on what should go there."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    # The folder beside the weights is made when the file is written.
+    place = path.parent.parent if path.parent.name == Path(FRAMES_FILE).parent.name else path.parent
+    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
         raise Refused(f"{path} cannot be written; name a file in a directory that can be with --output FILE")
     return path
 
@@ -150,6 +152,7 @@ def _save(path: Path, calibration: Calibration) -> None:
     from truekv.formats.frame import save_frames
 
     try:
+        path.parent.mkdir(exist_ok=True)
         save_frames(path, calibration.frames, calibration.frames.provenance)
     except OSError as error:
         raise Refused(f"{path} cannot be written ({error.strerror}); name another file with --output FILE") from None

@@ -262,7 +262,7 @@ def calibrate(
 ) -> int:
     """Measure the frames that calibrated formats need, on real prompts through real memory.
 
-    Example: `truekv calibrate ./model --prompts talks.jsonl --export vllm=./scales`
+    Example: `truekv calibrate ./model --prompts talks.jsonl --export compressed-tensors=./scales`
     """
     from truekv.serve.calibrate import run
 

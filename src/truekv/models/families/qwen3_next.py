@@ -55,6 +55,25 @@ def read_mixture(config: Config, hidden: int, *, normalised: bool) -> MoeShape:
     )
 
 
+def _read_gdn(config: Config, sizes: Sizes, *, packed: bool) -> GdnShape:
+    """Read the sizes of the gated delta rule."""
+    shape = GdnShape(
+        sizes.hidden,
+        config.integer("linear_num_key_heads", high=4096),
+        config.integer("linear_num_value_heads", high=4096),
+        config.integer("linear_key_head_dim", high=4096),
+        config.integer("linear_value_head_dim", high=4096),
+        config.integer("linear_conv_kernel_dim", low=2, high=16),
+        sizes.eps,
+        packed=packed,
+    )
+    if shape.value_heads % shape.key_heads:
+        raise Refused(
+            f"{config.where}: {shape.value_heads} value heads cannot share {shape.key_heads} key heads evenly"
+        )
+    return shape
+
+
 def read_hybrid(
     config: Config,
     family: str,
@@ -78,20 +97,7 @@ def read_hybrid(
         eps=sizes.eps,
         gated=True,
     )
-    recurrence = GdnShape(
-        sizes.hidden,
-        config.integer("linear_num_key_heads", high=4096),
-        config.integer("linear_num_value_heads", high=4096),
-        config.integer("linear_key_head_dim", high=4096),
-        config.integer("linear_value_head_dim", high=4096),
-        config.integer("linear_conv_kernel_dim", low=2, high=16),
-        sizes.eps,
-        packed=packed,
-    )
-    if recurrence.value_heads % recurrence.key_heads:
-        raise Refused(
-            f"{config.where}: {recurrence.value_heads} value heads cannot share {recurrence.key_heads} key heads evenly"
-        )
+    recurrence = _read_gdn(config, sizes, packed=packed)
     every = config.integer("full_attention_interval", 4, high=1024)
     usual = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(sizes.layers)]
     kinds = layer_kinds(config, sizes.layers, usual, "linear_attention", "full_attention")
