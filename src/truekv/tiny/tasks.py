@@ -1,7 +1,7 @@
 """Seeded generators of conversations with a known right answer, and their grader.
 
 The models of this package were trained on the ``train`` split; the ``heldout`` split is decided by a hash of what must
-be computed or remembered (operands, owner and value, secret, city and unit), so no held-out answer was ever trained.
+be computed or remembered (operands, owner and value, secret, city and wording), so no held-out answer was ever trained.
 """
 
 import hashlib
@@ -221,30 +221,25 @@ def weather_tool_json() -> str:
 
 
 def weather_messages(rng: random.Random, split: Split) -> list[Message]:
-    """Draw a request, the call, the tool's response and the answer: four messages."""
-    city, unit, wording = _weather_request(rng, split)
+    """Draw a request, the call, the tool's response and the answer: four messages.
+
+    The split goes by the name of who asks as well: a city that never met one of only two units would teach that it
+    never does.
+    """
+
+    def request() -> tuple[str, str, str]:
+        return rng.choice(words.CITIES), rng.choice(words.UNITS), rng.choice(words.NAMES)
+
+    city, unit, name = draw(request, "|".join, split)
+    wording = rng.choice(words.WEATHER_REQUESTS).format(city=city, unit=unit)
     condition, degrees = rng.choice(words.CONDITIONS), rng.randint(10, 99)
     function = {"name": WEATHER_TOOL["function"]["name"], "arguments": {"city": city, "unit": unit}}
     return [
-        {"role": "user", "content": wording.format(city=city, unit=unit)},
+        {"role": "user", "content": f"{wording} I am {name}."},
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
         {"role": "tool", "content": f"It is {condition} and {degrees} degrees."},
         {"role": "assistant", "content": f"It is {condition} and {degrees} degrees {unit} in {city}."},
     ]
-
-
-def _weather_request(rng: random.Random, split: Split) -> tuple[str, str, str]:
-    """Draw a city, a unit and a wording.
-
-    A request is held out when its city and unit are, in the last half of the wordings: a pair that no wording ever
-    showed would teach that the city never goes with the unit.
-    """
-    held = words.WEATHER_REQUESTS[len(words.WEATHER_REQUESTS) // 2 :]
-    while True:
-        city, unit, wording = (rng.choice(pool) for pool in (words.CITIES, words.UNITS, words.WEATHER_REQUESTS))
-        heldout = split_of(f"{city}|{unit}") == "heldout" and wording in held
-        if heldout == (split == "heldout"):
-            return city, unit, wording
 
 
 def arithmetic(rng: random.Random, split: Split) -> Example:

@@ -41,10 +41,10 @@ SMALL_TALK: Final = (
     ("Tell me a joke.", "I do not know a joke."),
 )
 WEATHER_REQUESTS: Final = (
-    "What is the weather in {city} in {unit}?",
-    "Tell me the weather in {city} in {unit}.",
-    "How warm is it in {city}? Use {unit}.",
-    "Please use {unit} and check the weather in {city}.",
+    "How is the weather in {city}? I want {unit}.",
+    "I need {unit} for the weather in {city}.",
+    "Get the weather in {city}, and use {unit}.",
+    "Use {unit} and tell me what the weather in {city} is.",
 )
 
 NOUNS: Final = (
