@@ -11,6 +11,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qw
 from tiny_training import forward
 from tiny_training.documents import IGNORED, Batches
 from tiny_training.optimizer import Optimizer
+from tiny_training.rescaling import snap_norms
 
 ROW_LENGTHS = (256, 256, 256, 1024)
 TOKENS_PER_STEP = 4096
@@ -55,6 +56,7 @@ def train_head(trunk: Any, batches: Batches, minutes: float, dtype: torch.dtype)
     head.layers[0].load_state_dict(trunk.model.layers[-1].state_dict())
     with torch.no_grad():
         nn.init.normal_(head.fc.weight, std=head.fc.in_features**-0.5)
+    snap_norms(head)
     trunk.requires_grad_(requires_grad=False)
     optimizer = Optimizer(head, muon_rate=0.02, adam_rate=0.004)
     start, step = time.monotonic(), 0

@@ -223,19 +223,17 @@ def weather_tool_json() -> str:
 def weather_messages(rng: random.Random, split: Split) -> list[Message]:
     """Draw a request, the call, the tool's response and the answer: four messages.
 
-    The split goes by the name of who asks as well: a city that never met one of only two units would teach that it
-    never does.
+    The unit is no part of what is held out: a city that met one of the two units only would teach that it always does.
     """
 
-    def request() -> tuple[str, str, str]:
-        return rng.choice(words.CITIES), rng.choice(words.UNITS), rng.choice(words.NAMES)
+    def request() -> tuple[str, str]:
+        return rng.choice(words.CITIES), rng.choice(words.WEATHER_REQUESTS)
 
-    city, unit, name = draw(request, "|".join, split)
-    wording = rng.choice(words.WEATHER_REQUESTS).format(city=city, unit=unit)
-    condition, degrees = rng.choice(words.CONDITIONS), rng.randint(10, 99)
+    city, wording = draw(request, "|".join, split)
+    unit, condition, degrees = rng.choice(words.UNITS), rng.choice(words.CONDITIONS), rng.randint(10, 99)
     function = {"name": WEATHER_TOOL["function"]["name"], "arguments": {"city": city, "unit": unit}}
     return [
-        {"role": "user", "content": f"{wording} I am {name}."},
+        {"role": "user", "content": wording.format(city=city, unit=unit)},
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
         {"role": "tool", "content": f"It is {condition} and {degrees} degrees."},
         {"role": "assistant", "content": f"It is {condition} and {degrees} degrees {unit} in {city}."},
