@@ -32,11 +32,14 @@ def heldout(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, f
     scenarios = tasks.scenarios(args.seed, SCENARIOS)
     if args.forced:
         examples["scenarios"] = scoring.scenario_examples(scenarios)
-    suite = {task: scoring.tokenize(tokenizer, found) for task, found in examples.items()}
+    chosen = args.tasks or examples
+    suite = {task: scoring.tokenize(tokenizer, found) for task, found in examples.items() if task in chosen}
     if args.forced:
         return {task: scoring.teacher_forced(scoring.model_forward(model), found) for task, found in suite.items()}
     scores = {task: scoring.greedy(model, tokenizer, found) for task, found in suite.items()}
-    return scores | {"scenarios": scoring.scenario_score(model, tokenizer, scenarios)}
+    if "scenarios" in (args.tasks or ["scenarios"]):
+        scores["scenarios"] = scoring.scenario_score(model, tokenizer, scenarios)
+    return scores
 
 
 def under_quantizers(
@@ -60,6 +63,7 @@ def main() -> None:
     """Evaluate and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--tasks", nargs="*", help="only these columns of the table")
     parser.add_argument("--count", type=int, default=200, help="examples of each task")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)

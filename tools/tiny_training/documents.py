@@ -156,11 +156,11 @@ class Batches:
         return torch.tensor(ids), torch.tensor(labels)
 
     def _document(self, length: int, progress: float) -> Iterator[Segment]:
-        echoes, recitals = max(0.0, 1 - progress / 0.15), max(0.0, 1 - progress / 0.4)
+        echoes, recitals = max(0.0, 1 - progress / 0.2), max(0.0, 1 - progress / 0.5)
         long = length > 512
         weights: dict[Callable[[], Iterator[Segment]], float] = {
             lambda: echo(self._rng): 0.02 + 0.6 * echoes,
-            lambda: recital(self._rng): 0.05 + 0.4 * recitals,
+            lambda: recital(self._rng): 0.15 + 0.3 * recitals,
             lambda: chat(self._rng): 0.2 if long else 0.35,
             lambda: haystack(self._rng, length): 0.7 if long else 0.25,
             lambda: sums(self._rng): 0.02 if long else 0.25,
