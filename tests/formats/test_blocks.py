@@ -70,6 +70,9 @@ def iq4_nl_block(block: np.ndarray) -> bytes:
 
 def test_iq4_nl_follows_the_reference_of_llama_cpp() -> None:
     made = rows(1.0, 32)
+    # An extreme of -127 makes the first scale 1: these are midpoints between levels, which go up.
+    midpoints = [-115.5, -93.5, -74.0, -57.0, -42.0, -28.5, -16.0, -4.5, 7.0, 19.0, 31.5, 45.5, 61.0, 79.0, 101.0]
+    made[24] = torch.tensor([-127.0, *midpoints, *midpoints, 0.0])
     ours = codecs()["iq4_nl"].encode(made).numpy()
     theirs = np.stack([np.frombuffer(iq4_nl_block(block), np.uint8) for block in made.numpy()])
     assert np.array_equal(ours[:, 2:], theirs[:, 2:])
