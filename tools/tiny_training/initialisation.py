@@ -124,7 +124,7 @@ def forget_soon(model: nn.Module) -> None:
     """Keep the memory of every recurrent head within a few tokens, after each optimizer step.
 
     A trunk this small recalls facts over thousands of tokens in its recurrent state alone, and then its attention
-    layers learn nothing: any damage to their cache would be invisible. Large hybrids need their attention; so must this.
+    layers learn nothing: damage to their cache would be invisible. Large hybrids need their attention, so must this.
     """
     for module in model.modules():
         if hasattr(module, "in_proj_qkv"):
