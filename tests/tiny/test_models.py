@@ -21,10 +21,11 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 def oracle(name: str) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        TINY / name, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
+    """Transformers in float64 where it can: in float32 its own rounding on the hardened latents exceeds the bar."""
+    dtype = torch.float32 if name == "hybrid" else torch.float64
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        TINY / name, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -110,7 +110,7 @@ def test_any_text_survives_the_tokenizer(directory: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", ["arithmetic", "fact", "secret", "tool_call"])
 def test_models_answer_heldout_prompts(directory: Path, task: str) -> None:
     transformers = pytest.importorskip("transformers")
     import torch
