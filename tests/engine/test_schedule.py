@@ -66,6 +66,12 @@ def test_a_long_prompt_does_not_stall_an_answer_under_way() -> None:
     assert steps[1:9] == [{0: 1, 1: 7}] * 8
 
 
+def test_an_answer_under_way_goes_before_an_earlier_prompt() -> None:
+    schedule = Schedule(pages=100, page_tokens=16, sequences=2, step_tokens=8)
+    steps = play(schedule, [request(0, 60, 2), request(1, 1, 20)])
+    assert steps[:8] == [{1: 1, 0: 7}] * 8
+
+
 def test_first_come_is_first_served_even_if_a_later_one_would_fit() -> None:
     schedule = Schedule(pages=4, page_tokens=16, sequences=3, step_tokens=64)
     for item in (request(0, 20, 10), request(1, 50, 10), request(2, 1, 1)):
