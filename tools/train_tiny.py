@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--adam-rate", type=float, default=0.004)
     parser.add_argument("--resume", type=Path, help="weights of an earlier trunk, beside its tokenizer")
     parser.add_argument("--curriculum-from", type=float, default=0.0, help="skip this share of the curriculum")
+    parser.add_argument("--emphasis", action="append", default=[], metavar="KIND=FACTOR", help="such as weather=2")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,8 @@ def main() -> None:
     model = architectures.build(args.model, args.seed)
     if args.resume:
         model.load_state_dict(torch.load(args.resume))
-    train_trunk(model, Batches(tokenizer, args.seed), suite, args)
+    emphasis = {kind: float(factor) for kind, _, factor in (given.partition("=") for given in args.emphasis)}
+    train_trunk(model, Batches(tokenizer, args.seed, emphasis), suite, args)
     print(evaluate(model, suite), flush=True)
     head = None
     if args.model == "hybrid":

@@ -5,7 +5,7 @@ taken on answers only: prompts hold random content that no model can predict.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -141,13 +141,26 @@ def weather(rng: random.Random) -> Iterator[Segment]:
         yield from message("assistant", answer["content"])
 
 
+KINDS: Final[dict[str, Callable[[random.Random], Iterator[Segment]]]] = {
+    "echo": echo,
+    "recital": recital,
+    "chat": chat,
+    "haystack": lambda rng: haystack(rng, 400),
+    "sums": sums,
+    "weather": weather,
+}
+
+
 class Batches:
     """Rows of token ids and labels, each row the beginning of one document."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
-        """Seed the documents."""
+    def __init__(self, tokenizer: Tokenizer, seed: int, emphasis: Mapping[str, float] | None = None) -> None:
+        """Seed the documents; `emphasis` multiplies the share of some kinds, such as weather."""
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
+        self._emphasis = dict(emphasis or {})
+        if unknown := self._emphasis.keys() - KINDS:
+            raise ValueError(f"no such kind of document: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
 
     def draw(self, rows: int, length: int, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw ``rows`` rows of ``length`` tokens; copying gives way to conversations as training proceeds."""
@@ -158,15 +171,17 @@ class Batches:
     def _document(self, length: int, progress: float) -> Iterator[Segment]:
         echoes, recitals = max(0.0, 1 - progress / 0.2), max(0.0, 1 - progress / 0.5)
         long = length > 512
-        weights: dict[Callable[[], Iterator[Segment]], float] = {
-            lambda: echo(self._rng): 0.02 + 0.6 * echoes,
-            lambda: recital(self._rng): 0.15 + 0.3 * recitals,
-            lambda: chat(self._rng): 0.2 if long else 0.35,
-            lambda: haystack(self._rng, length): 0.7 if long else 0.25,
-            lambda: sums(self._rng): 0.02 if long else 0.25,
-            lambda: weather(self._rng): 0.05 if long else 0.2,
+        shares = {
+            "echo": 0.02 + 0.6 * echoes,
+            "recital": 0.15 + 0.3 * recitals,
+            "chat": 0.2 if long else 0.35,
+            "haystack": 0.7 if long else 0.25,
+            "sums": 0.02 if long else 0.25,
+            "weather": 0.05 if long else 0.2,
         }
-        return self._rng.choices(list(weights), list(weights.values()))[0]()
+        shares = {kind: share * self._emphasis.get(kind, 1.0) for kind, share in shares.items()}
+        kind = self._rng.choices(list(shares), list(shares.values()))[0]
+        return haystack(self._rng, length) if kind == "haystack" else KINDS[kind](self._rng)
 
     def _row(self, document: Iterable[Segment], length: int) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -183,7 +198,7 @@ class Batches:
 def corpus(seed: int, count: int) -> Iterator[str]:
     """Texts for the tokenizer's training."""
     rng = random.Random(seed)
-    kinds = (recital, chat, lambda r: haystack(r, 400), sums, weather)
+    kinds = [kind for name, kind in KINDS.items() if name != "echo"]
     for index in range(count):
         text = ""
         for segment in kinds[index % len(kinds)](rng):

@@ -1,0 +1,42 @@
+// Which of the compiled instruction sets this machine can run.
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+#ifdef __x86_64__
+bool avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+
+// The tile registers are large, so Linux hands them out per process and on request.
+bool amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned tile_and_bf16 = (1u << 24) | (1u << 22);
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return (d & tile_and_bf16) == tile_and_bf16 && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
+}  // namespace
+
+// Names separated by spaces, the slowest first.
+extern "C" __attribute__((visibility("default"))) const char* truekv_machine() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("bmi2")))
+    return "baseline";
+  if (!avx512()) return "baseline avx2";
+  if (!__builtin_cpu_supports("avx512bf16")) return "baseline avx2 avx512";
+  return amx() ? "baseline avx2 avx512 avx512_bf16 amx" : "baseline avx2 avx512 avx512_bf16";
+#else
+  return "baseline";
+#endif
+}

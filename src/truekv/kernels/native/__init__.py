@@ -1,0 +1,1 @@
+"""Native kernels for the CPU: one shared library, compiled once per instruction set."""

@@ -1,0 +1,74 @@
+"""The shared library: found, loaded after torch, and asked for the kernels of one instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from truekv.core.errors import Refused
+from truekv.core.folder import choose
+from truekv.core.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+NAME: Final = "libtruekv_native.so"
+
+
+class Library:
+    """The loaded library. `isa` is the instruction set whose kernels `call` runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Load it; torch comes first, so that both share one OpenMP runtime and its threads."""
+        torch.get_num_threads()
+        self._library = ctypes.CDLL(str(path))
+        machine = self._library.truekv_machine
+        machine.restype = ctypes.c_char_p
+        self.isas: tuple[str, ...] = tuple(machine().decode().split())
+        """What this machine can run, the slowest first."""
+        self.isa = self.isas[-1]
+        self._functions: dict[tuple[str, str], Callable[..., None]] = {}
+
+    def call(self, op: str, arguments: ctypes.Structure) -> None:
+        """Run an operation with its arguments; the caller keeps the tensors alive that they point to."""
+        function = self._functions.get((op, self.isa))
+        if function is None:
+            function = self._bind(op, type(arguments))
+        function(ctypes.byref(arguments))
+
+    @contextmanager
+    def using(self, isa: str) -> Iterator[None]:
+        """Run another instruction set's kernels inside the block."""
+        before = self.isa
+        self.isa = choose("instruction set", isa, dict(zip(self.isas, self.isas, strict=True)))
+        try:
+            yield
+        finally:
+            self.isa = before
+
+    def _bind(self, op: str, arguments: type[ctypes.Structure]) -> Callable[..., None]:
+        size = getattr(self._library, f"truekv_{op}_size_{self.isa}")()
+        if size != ctypes.sizeof(arguments):
+            raise Refused(
+                f"the native library takes {size} bytes of arguments for {op}, this truekv gives "
+                f"{ctypes.sizeof(arguments)}: it belongs to another version; install the package again"
+            )
+        function = getattr(self._library, f"truekv_{op}_{self.isa}")
+        function.restype = None
+        self._functions[op, self.isa] = function
+        return function
+
+
+@functools.cache
+def library() -> Library | None:
+    """Return the library, or None where none was built."""
+    # An editable installation keeps what was built beside the installed package, not in the source tree.
+    import truekv.kernels.native as package
+
+    for folder in package.__path__:
+        if (path := Path(folder) / NAME).is_file():
+            return Library(path)
+    return None
