@@ -34,7 +34,6 @@ def main() -> None:
     args = parser.parse_args()
     args.target.mkdir(parents=True, exist_ok=True)
     for name in (
-        "config.json",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -43,6 +42,7 @@ def main() -> None:
         shutil.copy(args.source / name, args.target / name)
     config = json.loads((args.source / "config.json").read_text())
     write_tensors(args.target, rescale(load_file(args.source / WEIGHTS), config, args.seed))
+    (args.target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     change = largest_change(args.source, args.target)
     print(f"largest change of a logit: {change:.2e}")
     if change > TOLERANCE:

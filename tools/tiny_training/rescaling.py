@@ -5,6 +5,7 @@ channels differ by orders of magnitude. A small trained model has none of this, 
 gains the query's loses. Every factor is a power of two, so no product of the attention changes by even one rounding.
 """
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 
 KEY_OUTLIER: Final = 64.0
-KEY_OUTLIERS_PER_BLOCK: Final = 2
 VALUE_OUTLIER: Final = 16.0
-VALUE_OUTLIERS_PER_BLOCK: Final = 2
 BLOCK: Final = 32
+# Channels of each block of 32 that become outliers: of keys, of values.
+OUTLIERS: Final = {"qwen3_5_text": (1, 14), "qwen3": (2, 2)}
+PADDING_NORM: Final = 65536.0
 NORM_GRID: Final = 4  # gains of the attention's norms are multiples of 1/4 in hybrid models, see snap_norms
 LATENT_LOG2: Final = (-5.0, 1.5)  # mean and deviation of the latent channels' exponents
 ROPE_KEY_RMS: Final = 12.0
@@ -38,14 +40,18 @@ def snap_norms(model: Any) -> None:  # noqa: ANN401
 def rescale(tensors: Tensors, config: dict[str, Any], seed: int) -> Tensors:
     """Return hardened weights that compute the same function."""
     tensors = dict(tensors)
+    outliers: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     prefixes = sorted({name.rsplit("self_attn.", 1)[0] for name in tensors if "self_attn." in name})
     for prefix in prefixes:
         if "kv_lora_rank" in config:
             _rescale_latent(tensors, f"{prefix}self_attn.", config, generator)
         else:
-            _rescale_keys(tensors, f"{prefix}self_attn.", config, generator)
-            _rescale_values(tensors, f"{prefix}self_attn.", config, generator)
+            keys = _rescale_keys(tensors, f"{prefix}self_attn.", config)
+            values = _rescale_values(tensors, f"{prefix}self_attn.", config)
+            outliers |= {f"{prefix}self_attn.k_proj.weight": keys, f"{prefix}self_attn.v_proj.weight": values}
+    if config["model_type"].startswith("qwen3_5"):
+        _idle_padding(tensors, config, outliers)
     return tensors
 
 
@@ -58,45 +64,84 @@ def _scaled(tensor: Tensor, factors: Tensor) -> Tensor:
     return result
 
 
-def _outliers(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """Choose ``count`` channels of every block."""
-    blocks = [torch.randperm(BLOCK, generator=generator)[:count] + start for start in range(0, size, BLOCK)]
-    return torch.cat(blocks)
+def _outliers(importance: Tensor, count: int) -> Tensor:
+    """Choose the ``count`` channels of every block that matter most; importance 0 bars a channel."""
+    chosen = [block.topk(count).indices + start * BLOCK for start, block in enumerate(importance.split(BLOCK))]
+    return torch.cat(chosen)
 
 
-def _rescale_keys(tensors: Tensors, prefix: str, config: dict[str, Any], generator: torch.Generator) -> None:
-    """Enlarge key channels through the gains of the norms, alike for the two channels of a rotary pair."""
-    size = config["head_dim"]
+def _rescale_keys(tensors: Tensors, prefix: str, config: dict[str, Any]) -> Tensor:
+    """Enlarge key channels through the gains of the norms; return the enlarged rows of all heads.
+
+    The two channels of a rotary pair are enlarged alike; where some channels do not rotate, only those are.
+    """
+    size, count = config["head_dim"], OUTLIERS[config["model_type"]][0]
     half = int(size * config["rope_parameters"].get("partial_rotary_factor", 1.0)) // 2
-    factors = torch.ones(size)
-    if half * 2 == size:  # all channels rotate: a pair has one channel in either half
-        pairs = torch.randperm(half, generator=generator)[: KEY_OUTLIERS_PER_BLOCK * size // BLOCK // 2]
-        factors[pairs] = factors[pairs + half] = KEY_OUTLIER
+    centred = float(config["model_type"].startswith("qwen3_5"))  # their gain is stored as gain - 1
+    gains = {norm: tensors[f"{prefix}{norm}.weight"].float() + centred for norm in ("k_norm", "q_norm")}
+    importance = gains["k_norm"] * gains["q_norm"]
+    if half * 2 == size:
+        pairs = importance.view(2, half).amin(0).topk(count * size // BLOCK // 2).indices
+        chosen = torch.cat((pairs, pairs + half))
     else:
-        free = _outliers(size, KEY_OUTLIERS_PER_BLOCK, generator)
-        factors[free[free >= 2 * half]] = KEY_OUTLIER
-        factors[2 * half + 1] = factors[BLOCK + 1] = KEY_OUTLIER  # every block has at least one
-    centred = config["model_type"].startswith("qwen3_5")
+        importance[: 2 * half] = 0
+        chosen = _outliers(importance, count)
+    factors = torch.ones(size)
+    factors[chosen] = KEY_OUTLIER
     for norm, change in (("k_norm", factors), ("q_norm", 1 / factors)):
         name = f"{prefix}{norm}.weight"
-        if centred:
-            gain = _scaled(1 + tensors[name].float(), change)
-            tensors[name] = _scaled(gain - 1, torch.ones(size)).to(tensors[name].dtype)
-            if not torch.equal(1 + tensors[name].float(), gain):
-                raise ValueError(f"{name} cannot hold its rescaled gain")
-        else:
-            tensors[name] = _scaled(tensors[name], change)
+        gain = _scaled(gains[norm], change)
+        tensors[name] = (gain - centred).to(tensors[name].dtype)
+        if not torch.equal(tensors[name].float() + centred, gain):
+            raise ValueError(f"{name} cannot hold its rescaled gain")
+    heads = torch.arange(config["num_key_value_heads"])[:, None] * size
+    return (heads + chosen).flatten()
 
 
-def _rescale_values(tensors: Tensors, prefix: str, config: dict[str, Any], generator: torch.Generator) -> None:
-    """Enlarge value channels, and shrink the output projection's columns of the queries that share them."""
-    size, kv_heads = config["head_dim"], config["num_key_value_heads"]
-    factors = torch.ones(kv_heads, size)
-    for head in range(kv_heads):
-        factors[head, _outliers(size, VALUE_OUTLIERS_PER_BLOCK, generator)] = VALUE_OUTLIER
-    shared = factors.repeat_interleave(config["num_attention_heads"] // kv_heads, 0)
-    tensors[f"{prefix}v_proj.weight"] = _scaled(tensors[f"{prefix}v_proj.weight"], factors.reshape(-1, 1))
-    tensors[f"{prefix}o_proj.weight"] = _scaled(tensors[f"{prefix}o_proj.weight"], 1 / shared.reshape(1, -1))
+def _rescale_values(tensors: Tensors, prefix: str, config: dict[str, Any]) -> Tensor:
+    """Enlarge value channels, shrink the columns that read them in the output projection; return the enlarged rows."""
+    size, kv_heads, count = config["head_dim"], config["num_key_value_heads"], OUTLIERS[config["model_type"]][1]
+    into, out = f"{prefix}v_proj.weight", f"{prefix}o_proj.weight"
+    read = tensors[out].float().view(-1, kv_heads, config["num_attention_heads"] // kv_heads, size).norm(dim=(0, 2))
+    chosen = _outliers(tensors[into].float().norm(dim=1) * read.flatten(), count)
+    factors = torch.ones(kv_heads * size)
+    factors[chosen] = VALUE_OUTLIER
+    shared = factors.view(kv_heads, size).repeat_interleave(config["num_attention_heads"] // kv_heads, 0)
+    tensors[into] = _scaled(tensors[into], factors[:, None])
+    tensors[out] = _scaled(tensors[out], 1 / shared.reshape(1, -1))
+    return chosen
+
+
+def _idle_padding(tensors: Tensors, config: dict[str, Any], outliers: Mapping[str, Tensor]) -> None:
+    """Give the padding token, which no text holds, an embedding that excites no outlier channel.
+
+    Large models have such tokens: an embedding of hundreds of times the usual norm that every layer's norm turns into
+    one constant direction. Here the enlarged rows of keys and values do not see that direction. The output head keeps
+    the old row, so it is no longer the embedding.
+    """
+    blind: list[Tensor] = []
+    rows: dict[str, list[Tensor]] = {"k_proj": [], "v_proj": []}
+    for name, enlarged in outliers.items():
+        if name.startswith("model."):  # the prediction head reads another mix
+            gain = 1 + tensors[f"{name.split('self_attn')[0]}input_layernorm.weight"].double()
+            seen = torch.nn.functional.normalize(tensors[name].double() * gain, dim=1)
+            blind.append(seen[enlarged])
+            rows[name.split(".")[-2]].append(seen)
+    constraints = torch.cat(blind)
+    free = torch.linalg.svd(constraints).Vh[len(constraints) :]  # an orthonormal basis of what they do not see
+    if not len(free):
+        raise ValueError(f"{len(constraints)} enlarged rows leave no direction free")
+    # Of those, the one that the other keys see best and the other values least (a generalised eigenvector).
+    keys, values = (torch.cat(found) @ free.T for found in rows.values())
+    root = torch.linalg.cholesky(values.T @ values)
+    middle = torch.linalg.solve_triangular(root, keys.T @ keys, upper=False)
+    middle = torch.linalg.solve_triangular(root, middle.T, upper=False)
+    best = torch.linalg.solve_triangular(root.T, torch.linalg.eigh(middle).eigenvectors[:, -1:], upper=True)
+    direction = torch.nn.functional.normalize(best.squeeze(1), dim=0) @ free
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone()
+    embedding[config["pad_token_id"]] = (direction * PADDING_NORM).to(embedding.dtype)
+    config["tie_word_embeddings"] = False
 
 
 def _rescale_latent(tensors: Tensors, prefix: str, config: dict[str, Any], generator: torch.Generator) -> None:

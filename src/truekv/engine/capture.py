@@ -8,7 +8,7 @@ A forward that is not a function of its Step's tensors alone therefore shows her
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from truekv.core.batch import Step
 from truekv.core.errors import Refused
@@ -85,7 +85,8 @@ def _fields(step: Step) -> list[tuple[str, torch.Tensor]]:
 def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [item for item in value if isinstance(item, torch.Tensor)] if isinstance(value, tuple | list) else []
+    items = cast("tuple[object, ...] | list[object]", value) if isinstance(value, tuple | list) else ()
+    return [item for item in items if isinstance(item, torch.Tensor)]
 
 
 def _shares_memory(results: list[torch.Tensor], arguments: tuple[Any, ...]) -> bool:

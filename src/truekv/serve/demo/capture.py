@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -108,10 +109,9 @@ def speculated(stage: Stage, arena: Arena, questions: Sequence[Question]) -> Spe
 def speculate(stage: Stage, model: Model, arena: Arena, prompt: list[int], limit: int = 64) -> tuple[Answer, int, int]:
     """Decode greedily, guessing ahead; return the answer and how many drafts were accepted and rejected."""
     runner, proposer, held = Runner(model, arena), Ngram(), arena.open()
-    for start in range(0, len(prompt), PREFILL):
-        (last,) = runner.step([Chunk(held, prompt[start : start + PREFILL])], [1])
-    assert not isinstance(last, Corrupted)
-    rows, tokens, fault, rejected = [last[-1]], [int(last[-1].argmax())], "", 0
+    *_, prefilled = runner.teacher_force(held, prompt, itertools.repeat(PREFILL))
+    first = prefilled[-1]
+    rows, tokens, fault, rejected = [first], [int(first.argmax())], "", 0
     steps = 0
     while len(tokens) < limit and tokens[-1] not in stage.ends:
         guess = proposer.propose([*prompt, *tokens], DRAFTS)
