@@ -105,6 +105,21 @@ def chat(rng: random.Random) -> Iterator[Segment]:
             yield from turn_segments(tasks.asking_turn(rng.choice(told)))
 
 
+def rivals(rng: random.Random) -> Iterator[Segment]:
+    """Tell one kind of fact about many people, and ask for each: only the name tells the answers apart."""
+    yield from _system(rng)
+    drawn = tasks.random_facts(rng, "train", 24)
+    attribute = rng.choice(drawn).attribute
+    told = [fact for fact in drawn if fact.attribute == attribute][: rng.randint(3, 8)]
+    told += [fact for fact in drawn if fact.attribute != attribute][: rng.randint(0, 3)]
+    rng.shuffle(told)
+    for start in range(0, len(told), 3):
+        yield from turn_segments(tasks.telling_turn(told[start : start + 3]))
+    while True:
+        for fact in rng.sample(told, len(told)):
+            yield from turn_segments(tasks.asking_turn(fact))
+
+
 def haystack(rng: random.Random, tokens: int) -> Iterator[Segment]:
     """Hide secrets and facts in filler and ask for all of them."""
     yield from _system(rng)
@@ -145,6 +160,7 @@ KINDS: Final[dict[str, Callable[[random.Random], Iterator[Segment]]]] = {
     "echo": echo,
     "recital": recital,
     "chat": chat,
+    "rivals": rivals,
     "haystack": lambda rng: haystack(rng, 400),
     "sums": sums,
     "weather": weather,
@@ -175,6 +191,7 @@ class Batches:
             "echo": 0.02 + 0.6 * echoes,
             "recital": 0.15 + 0.3 * recitals,
             "chat": 0.2 if long else 0.35,
+            "rivals": 0.05,
             "haystack": 0.7 if long else 0.25,
             "sums": 0.02 if long else 0.25,
             "weather": 0.05 if long else 0.2,
@@ -198,7 +215,7 @@ class Batches:
 def corpus(seed: int, count: int) -> Iterator[str]:
     """Texts for the tokenizer's training."""
     rng = random.Random(seed)
-    kinds = [kind for name, kind in KINDS.items() if name != "echo"]
+    kinds = [kind for name, kind in KINDS.items() if name not in {"echo", "rivals"}]
     for index in range(count):
         text = ""
         for segment in kinds[index % len(kinds)](rng):
