@@ -6,7 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.lazy import torch
-from truekv.kernels.native.library import loaded
+from truekv.kernels.native.library import run
 from truekv.kernels.native.timeline import Timeline, address, channels, timeline
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def scan(
         *(address(tensor) for tensor in (beta_TH, decay_TH, log["beta"], log["decay"], state["state"], out_THV)),
         *(heads, keys // key_dim, key_dim, value_dim),
     )
-    loaded().call("gdn", arguments)
+    run("gdn", arguments)
     return out_THV
 
 
