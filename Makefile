@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check clean
+CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
+BUILD = $(CMAKE) --build build/$@ --parallel 2
+
+.PHONY: demo test check wheel wheel-test sanitize arm64 clean
 
 demo: $(VENV)/.run
 	$(BIN)/truekv demo
@@ -31,6 +34,38 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.check: $(VENV)/.test
 	touch $@
+
+# Sizes are printed: nearly all of the wheel are the embedded models.
+wheel: $(VENV)/bin/python
+	rm -rf dist
+	$(BIN)/pip wheel -q --no-deps -w dist .
+	$(BIN)/python tools/wheel.py dist/*.whl
+
+# In an environment of its own, which borrows the installed dependencies and not this source tree. Then without a compiler.
+wheel-test: wheel $(VENV)/.run
+	tools/wheel_test.sh $(BIN)/python dist/*.whl native
+	CXX=/bin/false $(BIN)/pip wheel -q --no-deps -w build/pure .
+	tools/wheel_test.sh $(BIN)/python build/pure/*.whl reference
+
+# The tests of the native kernels, stopped by the first wrong address or undefined behaviour.
+sanitize: $(VENV)/.test $(CMAKE)
+	$(CMAKE) -S native -B build/$@ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSANITIZE=ON
+	$(BUILD)
+	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+	$(BIN)/python tools/sanitize.py build/$@ -x -q -p no:cacheprovider tests/kernels/native
+
+# The kernels for 64-bit Arm, cross-compiled and compared with double arithmetic under an emulator.
+arm64: $(CMAKE)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "make arm64 needs $$tool: install the packages g++-aarch64-linux-gnu and qemu-user"; exit 1; }; done
+	$(CMAKE) -S native -B build/$@ -DCHECKS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(BUILD)
+	CTEST_OUTPUT_ON_FAILURE=1 $(BUILD) --target test
+
+$(BIN)/cmake: $(VENV)/bin/python
+	$(BIN)/pip install -q cmake
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -24,6 +24,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         """Load it; torch comes first, so that both share one OpenMP runtime and its threads."""
         torch.get_num_threads()
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         machine = self._library.truekv_machine
         machine.restype = ctypes.c_char_p
