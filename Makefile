@@ -35,17 +35,18 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.check: $(VENV)/.test
 	touch $@
 
-# Sizes are printed: nearly all of the wheel are the embedded models.
+# Nearly all of it are the embedded models; the sizes are printed.
 wheel: $(VENV)/bin/python
 	rm -rf dist
 	$(BIN)/pip wheel -q --no-deps -w dist .
 	$(BIN)/python tools/wheel.py dist/*.whl
 
-# In an environment of its own, which borrows the installed dependencies and not this source tree. Then without a compiler.
+# Installed into an environment of its own. Then built again without a compiler.
 wheel-test: wheel $(VENV)/.run
-	tools/wheel_test.sh $(BIN)/python dist/*.whl native
+	$(BIN)/python tools/wheel.py dist/*.whl native
+	rm -rf build/pure
 	CXX=/bin/false $(BIN)/pip wheel -q --no-deps -w build/pure .
-	tools/wheel_test.sh $(BIN)/python build/pure/*.whl reference
+	$(BIN)/python tools/wheel.py build/pure/*.whl reference
 
 # The tests of the native kernels, stopped by the first wrong address or undefined behaviour.
 sanitize: $(VENV)/.test $(CMAKE)

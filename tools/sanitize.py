@@ -1,4 +1,4 @@
-"""Run the tests of the native kernels on a library built with -DSANITIZE=ON: python tools/sanitize.py FOLDER [PYTEST ...].
+"""Run tests on a native library built with -DSANITIZE=ON: python tools/sanitize.py FOLDER [PYTEST ...].
 
 The process must be started with libasan preloaded; `make sanitize` does both.
 """

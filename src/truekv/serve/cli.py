@@ -244,6 +244,22 @@ def formats(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="List the kernels that this model gets.")] = None,
+    *,
+    kv_cache_dtype: CacheDtype = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what this machine can run, whether the native kernels are there, and which ones a model gets.
+
+    Example: `truekv doctor tiny-hybrid --kv-cache-dtype int8/kv4`
+    """
+    from truekv.serve.doctor import run
+
+    return run(model, _engine(kv_cache_dtype or "auto", "", None, None, "auto"), as_json=as_json)
+
+
+@app.command()
 def calibrate(
     model: Model,
     *,
