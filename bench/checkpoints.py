@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 VOCABULARY: Final = 32768
+SPECIAL: Final = ("[gMASK]", "<|endoftext|>", "<|user|>", "<|observation|>")
 _COMMON: Final[dict[str, Any]] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 1024,
@@ -136,25 +137,24 @@ def save(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
     unfinished = directory.with_name(f"{directory.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
     save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-    tokenizer(config["vocab_size"]).save(str(unfinished / "tokenizer.json"))
-    written = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    tokenizer().save(str(unfinished / "tokenizer.json"))
+    written = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
     (unfinished / "tokenizer_config.json").write_text(json.dumps(written))
     (unfinished / "config.json").write_text(json.dumps(config, indent=1))
     unfinished.rename(directory)
     return directory
 
 
-def tokenizer(vocabulary: int) -> Tokenizer:
-    """Build a tokenizer of one token per byte; the ids beyond are words nobody writes."""
+def tokenizer() -> Tokenizer:
+    """Build a tokenizer of one token per byte, with the special tokens and the merge that llama.cpp's converter wants."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<|begin|>", "<|end|>", *letters]
-    words += [f"<|{index}|>" for index in range(len(words), vocabulary)]
-    built = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    built = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e")]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
-    built.add_special_tokens(words[:2])
+    built.add_special_tokens(list(SPECIAL))
     return built
 
 
