@@ -1,4 +1,4 @@
-"""Compressed KV bytes that attention takes per second, as a fraction of what the machine reads: `python -m bench.attention`.
+"""Stored bytes that attention reads per second, beside what the machine reads: `python -m bench.attention`.
 
 Every call attends to another layer, and all layers together are larger than any cache, so each row comes from
 memory. Raw reads of the same run, with as many threads, are taken in between.
@@ -43,13 +43,13 @@ class Shape:
     formats: tuple[str, ...]
 
 
-def _gqa(heads: int, kv_heads: int, dim: int) -> Paged:
+def _gqa(kv_heads: int, dim: int) -> Paged:
     return Paged((Field("k", kv_heads, dim, "key"), Field("v", kv_heads, dim, "value")))
 
 
 SHAPES: Final = (
-    Shape("16q/8kv d128", 16, _gqa(16, 8, 128), ("bf16", "int8", "fp8_e4m3", "kv4", "turboquant_4bit_nc")),
-    Shape("8q/2kv d256", 8, _gqa(8, 2, 256), ("bf16", "int8", "kv4")),
+    Shape("16q/8kv d128", 16, _gqa(8, 128), ("bf16", "int8", "fp8_e4m3", "kv4", "turboquant_4bit_nc")),
+    Shape("8q/2kv d256", 8, _gqa(2, 256), ("bf16", "int8", "kv4")),
     Shape(
         "mla 20h 512+64",
         20,
@@ -101,7 +101,9 @@ def attend_rate(shape: Shape, name: str, context: int, batch: int, size: Size, b
     count = -(-size.cold_bytes // (per_token * context * batch))
     spec = _spec(shape, context, count)
     chosen = [formats] * count
-    arena = Arena(spec, plan(spec, chosen, max_num_seqs=batch), select(spec, [one or () for one in chosen], backend=backend))
+    arena = Arena(
+        spec, plan(spec, chosen, max_num_seqs=batch), select(spec, [one or () for one in chosen], backend=backend)
+    )
     held = fill(arena, context - 1, batch)
     step = arena.reserve([Chunk(sequence, [0]) for sequence in held])
     scored = [field for field in shape.layer.fields if field.role != "value"]
@@ -149,7 +151,10 @@ def main(arguments: list[str] | None = None) -> int:
             for row in measure(QUICK if asked.quick else Size(), SHAPES, asked.backend, raw, asked.threads):
                 rows.append(row)
                 if not asked.json:
-                    print(f"{row.shape:15s} {row.format:19s} {row.context:6d} x {row.batch} {row.gbps:7.2f} GB/s", flush=True)
+                    print(
+                        f"{row.shape:15s} {row.format:19s} {row.context:6d} x {row.batch} {row.gbps:7.2f} GB/s",
+                        flush=True,
+                    )
     except Refused as error:
         print(error, file=sys.stderr)
         return 2

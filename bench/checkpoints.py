@@ -146,7 +146,7 @@ def save(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
 
 
 def tokenizer() -> Tokenizer:
-    """Build a tokenizer of one token per byte, with the special tokens and the merge that llama.cpp's converter wants."""
+    """Build a tokenizer of one token per byte, with the merge and special tokens that llama.cpp's converter wants."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]

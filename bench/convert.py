@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 SOURCES: Final = FOLDER / "llama.cpp"
 """What `make bench-peer` unpacks: the sources of llama-cpp-python, with llama.cpp's in vendor/."""
-# The converter knows tokenizers by a hash of what they make of one text, and looks for a SentencePiece model first (which
-# takes a package). Ours is nobody's and is never used.
+# The converter knows tokenizers by a hash of what they make of one text, and looks for a SentencePiece model first,
+# which takes a package. Ours is nobody's, and is never used.
 _DRIVER: Final = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))

@@ -10,7 +10,8 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
@@ -23,11 +24,13 @@ from truekv.core.errors import Refused
 from truekv.serve.progress import Bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 FORMATS: Final = {"bf16": "f16", "int8": "q8_0", "kv4": "q4_0"}
 """truekv's formats, and llama.cpp's of as many bits."""
 PEER_PYTHON: Final = FOLDER / "peer" / "bin" / "python"
+PEER_READY: Final = FOLDER / "peer" / "ready"
+"""Made by `make bench-peer` when all of it is built."""
 NO_PEER: Final = "llama.cpp is not built here; build it with 'make bench-peer', or name another engine with --peer"
 
 
@@ -49,7 +52,9 @@ class Size:
     sequences: int = 8
 
 
-QUICK: Final = Size(depths=(0, 4096, 16384), formats=("int8", "kv4"), rounds=2, steps=4, prompts=(), chunk=0, sequences=0)
+QUICK: Final = Size(
+    depths=(0, 4096, 16384), formats=("int8", "kv4"), rounds=2, steps=4, prompts=(), chunk=0, sequences=0
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,50 +79,69 @@ class Row:
         return self.truekv / self.peer
 
 
-Start = "Callable[[str, str, int, int], tuple[Worker, Worker, str]]"
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What both engines of a pair are started with."""
+
+    model: str
+    format: str
+    context: int
+    sequences: int
+    threads: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What every engine takes."""
+        return {"context": self.context, "sequences": self.sequences, "threads": self.threads}
 
 
-def start_llama(model: str, kv: str, context: int, sequences: int, threads: int) -> tuple[Worker, Worker, str]:
-    """Start truekv and llama.cpp on one checkpoint; the peer's format comes third."""
-    if not PEER_PYTHON.is_file():
-        raise Refused(NO_PEER)
-    options = {"context": context, "sequences": sequences, "threads": threads}
-    values = int(model != "mla")  # llama.cpp stores an MLA latent once, as a key
-    peer_path = str(gguf(model))
-    ours = _truekv(model, kv, options)
-    peer = Worker(str(PEER_PYTHON), "bench.engines.llama", peer_path, kv=FORMATS[kv], values=values, **options)
-    return ours, peer, FORMATS[kv]
+def start_truekv(load: Load) -> Worker:
+    """Start truekv, with measured frames where the format needs them."""
+    measured = str(frames(load.model)) if load.format == "kv4" else ""
+    path = str(checkpoint(load.model))
+    return Worker(sys.executable, "bench.engines.truekv", path, kv=load.format, frames=measured, **load.options)
 
 
-def start_transformers(model: str, kv: str, context: int, sequences: int, threads: int) -> tuple[Worker, Worker, str]:
-    """Start truekv and transformers (sdpa, bf16 cache) on one checkpoint."""
-    options = {"context": context, "sequences": sequences, "threads": threads}
-    peer = Worker(sys.executable, "bench.engines.transformers", str(checkpoint(model)), threads=threads)
-    return _truekv(model, kv, options), peer, "bf16"
+def start_llama(load: Load) -> tuple[Worker, str]:
+    """Start llama.cpp with the format of as many bits, and name it."""
+    name, values = FORMATS[load.format], int(load.model != "mla")  # it stores an MLA latent once, as a key
+    path = str(gguf(load.model))
+    return Worker(str(PEER_PYTHON), "bench.engines.llama", path, kv=name, values=values, **load.options), name
 
 
-def _truekv(model: str, kv: str, options: dict[str, int]) -> Worker:
-    measured = str(frames(model)) if kv == "kv4" else ""
-    return Worker(sys.executable, "bench.engines.truekv", str(checkpoint(model)), kv=kv, frames=measured, **options)
+def start_transformers(load: Load) -> tuple[Worker, str]:
+    """Start transformers, which has bf16 rows whatever truekv stores."""
+    path = str(checkpoint(load.model))
+    return Worker(sys.executable, "bench.engines.transformers", path, threads=load.threads), "bf16"
+
+
+START: Final = {"llama.cpp": start_llama, "transformers": start_transformers}
 
 
 def compare(size: Size, peer: str, threads: int, versions: dict[str, str]) -> Iterator[Row]:
     """Measure everything, model by model and format by format, and yield rows as they come."""
-    start = start_llama if peer == "llama.cpp" else start_transformers
+    if peer == "llama.cpp" and not PEER_READY.is_file():
+        raise Refused(NO_PEER)
     # Room for the tokens that are added at a depth.
     room = 64 + size.rounds * size.steps + size.chunk
+    longest = max(*size.depths, size.middle if size.chunk else 0, *size.prompts, 0) + room
     for model in size.models:
         for kv in size.formats:
-            longest = max(*size.depths, size.middle if size.chunk else 0, *size.prompts, 0) + room
-            ours, theirs, name = start(model, kv, longest, 1, threads)
-            with ours, theirs:
-                versions |= {"truekv": ours.version, peer: theirs.version}
-                pair = _Pair(ours, theirs, size, model, kv, name)
+            with _pair(Load(model, kv, longest, 1, threads), size, peer, versions) as pair:
                 yield from pair.alone()
             if size.sequences:
-                ours, theirs, name = start(model, kv, size.middle + room, size.sequences, threads)
-                with ours, theirs:
-                    yield _Pair(ours, theirs, size, model, kv, name).decode(size.middle, size.sequences)
+                load = Load(model, kv, size.middle + room, size.sequences, threads)
+                with _pair(load, size, peer, versions) as pair:
+                    yield pair.decode(size.middle, size.sequences)
+
+
+@contextmanager
+def _pair(load: Load, size: Size, peer: str, versions: dict[str, str]) -> Generator[_Pair, None, None]:
+    with start_truekv(load) as ours:
+        theirs, name = START[peer](load)
+        with theirs:
+            versions |= {"truekv": ours.version, peer: theirs.version}
+            yield _Pair(ours, theirs, size, load.model, load.format, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,26 +166,28 @@ class _Pair:
             yield self._prefill("append", self.size.middle, self.size.chunk)
 
     def decode(self, depth: int, sequences: int) -> Row:
-        """Decode by turns; each engine's best round counts, because other jobs only ever slow it down."""
+        """Decode by turns, after a first token, which also pays for what is set up once per cache."""
         for engine in (self.ours, self.theirs):
             engine.fill(depth, sequences)
-            engine.decode(1)  # the first token of a cache also pays for what is set up once
-        best = {engine: float("inf") for engine in (self.ours, self.theirs)}
-        for _ in range(self.size.rounds):
-            for engine in best:
-                best[engine] = min(best[engine], fmean(engine.decode(self.size.steps)))
-        return self._row("decode", depth, sequences, 1, *(sequences / time for time in best.values()))
+            engine.decode(1)
+        times = _by_turns(lambda engine: fmean(engine.decode(self.size.steps)), self, self.size.rounds)
+        return self._row("decode", depth, sequences, 1, *(sequences / time for time in times))
 
     def _prefill(self, what: str, depth: int, tokens: int) -> Row:
-        best = {engine: float("inf") for engine in (self.ours, self.theirs)}
-        for _ in range(2):
-            for engine in best:
-                engine.fill(depth)
-                best[engine] = min(best[engine], engine.append(tokens))
-        return self._row(what, depth, 1, tokens, *(tokens / time for time in best.values()))
+        def run(engine: Worker) -> float:
+            engine.fill(depth)
+            return engine.append(tokens)
+
+        return self._row(what, depth, 1, tokens, *(tokens / time for time in _by_turns(run, self, rounds=2)))
 
     def _row(self, what: str, depth: int, batch: int, tokens: int, ours: float, theirs: float) -> Row:
         return Row(what, self.model, depth, batch, tokens, self.kv, self.peer_format, ours, theirs)
+
+
+def _by_turns(run: Callable[[Worker], float], pair: _Pair, rounds: int) -> tuple[float, float]:
+    """Return the best time of each engine: other jobs on the machine only ever slow one down."""
+    ours, theirs = zip(*((run(pair.ours), run(pair.theirs)) for _ in range(rounds)), strict=True)
+    return min(ours), min(theirs)
 
 
 def watched(rows: list[Row]) -> dict[str, object]:
@@ -231,8 +257,12 @@ def _size(asked: argparse.Namespace) -> Size:
     size = QUICK if asked.quick else Size()
     if asked.peer == "transformers":
         size = Size(depths=(8192,), formats=("bf16", "int8"), models=("hybrid",), prompts=(), middle=8192, chunk=0)
-    changes = {name: tuple(getattr(asked, name)) for name in ("models", "formats", "depths") if getattr(asked, name)}
-    return Size(**{**asdict(size), **changes})
+    return replace(
+        size,
+        models=tuple(asked.models or size.models),
+        formats=tuple(asked.formats or size.formats),
+        depths=tuple(asked.depths or size.depths),
+    )
 
 
 if __name__ == "__main__":

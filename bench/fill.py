@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 from truekv.core.batch import Chunk
 from truekv.core.lazy import torch
 from truekv.memory.pages import PagedLayer
+from truekv.memory.states import StateLayer
 
 if TYPE_CHECKING:
-    from truekv.core.batch import Sequence
+    from truekv.core.batch import Sequence, Step
     from truekv.memory.arena import Arena
 
 SAMPLE: Final = 512
@@ -17,36 +18,50 @@ SAMPLE: Final = 512
 
 
 def fill(arena: Arena, depth: int, sequences: int, seed: int = 0) -> list[Sequence]:
-    """Open sequences of `depth` tokens each. Rows are standard normal in their frames; states stay zero.
+    """Open sequences of `depth` tokens each.
 
-    How fast a row is read does not depend on what it holds, only on where it lies, in which format.
+    Rows are standard normal in their frames; recurrent states are the zero state, and are said to hold the
+    tokens. How fast a row is read does not depend on what it holds, only on where it lies, in which format.
     """
     opened = [arena.open() for _ in range(sequences)]
     if not depth:
         return opened
-    first = opened[0]
     sample = min(depth, SAMPLE)
-    step = arena.reserve([Chunk(first, [0] * sample)])
-    drawn = list(first.pages)
+    _draw(arena, arena.reserve([Chunk(opened[0], [0] * sample)]), seed)
+    arena.advance(opened[0], sample)
+    drawn = list(opened[0].pages)
+    for sequence in opened:
+        if missing := depth - sequence.position:
+            arena.reserve([Chunk(sequence, [0] * missing)])
+            arena.advance(sequence, missing)
+        _repeat(arena, drawn, [page for page in sequence.pages if page not in set(drawn)])
+    for layer in arena.layers:
+        if isinstance(layer, StateLayer):
+            layer.folded[[sequence.slot for sequence in opened]] = depth
+    return opened
+
+
+def _draw(arena: Arena, step: Step, seed: int) -> None:
+    """Encode random rows for the tokens of a step; layers that are alike get the same bytes."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [layer for layer in arena.layers if isinstance(layer, PagedLayer)]
+    pages = torch.unique(step.page)
     encoded: dict[object, PagedLayer] = {}
-    for layer in layers:
+    for layer in _paged(arena):
         alike = encoded.setdefault(tuple((stored.field, stored.format.name) for stored in layer.stored), layer)
         if alike is not layer:
-            layer.data[drawn] = alike.data[drawn]
+            layer.data[pages] = alike.data[pages]
             continue
         for stored in layer.stored:
-            rows_THD = torch.randn(sample, stored.field.heads, stored.field.dim, generator=generator)
+            rows_THD = torch.randn(len(step.page), stored.field.heads, stored.field.dim, generator=generator)
             arena.kernels.store(stored, rows_THD, step)
-    arena.advance(first, sample)
-    for sequence in opened:
-        if sequence.position < depth:
-            arena.reserve([Chunk(sequence, [0] * (depth - sequence.position))])
-            arena.advance(sequence, depth - sequence.position)
-        copies = [page for page in sequence.pages if page not in set(drawn)]
-        for start in range(0, len(copies), len(drawn)):
-            part = copies[start : start + len(drawn)]
-            for layer in layers:
-                layer.data[part] = layer.data[drawn[: len(part)]]
-    return opened
+
+
+def _repeat(arena: Arena, drawn: list[int], copies: list[int]) -> None:
+    for start in range(0, len(copies), len(drawn)):
+        part = copies[start : start + len(drawn)]
+        for layer in _paged(arena):
+            layer.data[part] = layer.data[drawn[: len(part)]]
+
+
+def _paged(arena: Arena) -> list[PagedLayer]:
+    return [layer for layer in arena.layers if isinstance(layer, PagedLayer)]

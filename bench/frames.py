@@ -1,11 +1,11 @@
-"""Frames of the random checkpoints, for formats that need them: measured by `calibrate`, on prompts of random tokens."""
+"""Frames of the random checkpoints, for formats that need them: `calibrate` on prompts of random tokens."""
 
 from __future__ import annotations
 
 import random
 from typing import TYPE_CHECKING, Final
 
-from bench.checkpoints import VOCABULARY, checkpoint
+from bench.checkpoints import checkpoint
 from bench.machine import FOLDER
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ def frames(name: str) -> Path:
     if path.is_file() and path.stat().st_mtime >= (source / "config.json").stat().st_mtime:
         return path
     opened = Checkpoint.open(str(source))
+    vocabulary = opened.architecture.spec.vocab_size
     drawn = random.Random(0)  # noqa: S311 (a seeded prompt, not a secret)
-    prompts = [[drawn.randrange(VOCABULARY) for _ in range(TOKENS)] for _ in range(PROMPTS)]
+    prompts = [[drawn.randrange(vocabulary) for _ in range(TOKENS)] for _ in range(PROMPTS)]
     with Bar(f"measuring frames of {name}") as bar:
         calibration = calibrate(
             opened.load("bfloat16"),

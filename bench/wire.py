@@ -51,7 +51,11 @@ class Worker:
             text=True,
             cwd=ROOT,
         )
-        self.version: str = self._answer()
+        try:
+            self.version: str = self._answer()
+        except EngineFailed:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Self:
         """Use it."""
@@ -122,6 +126,11 @@ def serve(start: Callable[..., tuple[Engine, str]]) -> None:
             answer(value=value)
     except Exception as error:  # noqa: BLE001 (whatever it is, the other end prints it)
         answer(error=f"{type(error).__name__}: {error}")
+
+
+def some_token(place: int) -> int:
+    """Return the id that stands at a place of a prompt: a byte of text in the vocabulary of every checkpoint here."""
+    return 4 + place % 256
 
 
 def peak_bytes(*, reset: bool = False) -> int:

@@ -7,20 +7,23 @@ and restored. So every row is one that llama.cpp encoded itself, in memory of it
 from __future__ import annotations
 
 import ctypes
-import struct
 import time
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-import llama_cpp as llama  # pyright: ignore[reportMissingImports] (in the peer's environment alone)
 import numpy as np
 
-from bench.wire import serve
+from bench.engines.llama_state import lengthened
+from bench.wire import serve, some_token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Not a name that type checkers can follow: it is installed in the peer's environment alone.
+llama: Final = import_module("llama_cpp")
 SAMPLE: Final = 512
 UBATCH: Final = 512
+_DATA_TOO: Final = True
 TYPES: Final = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type
 
 
@@ -40,18 +43,18 @@ class Llama:
 
     def fill(self, depth: int, sequences: int) -> None:
         """See bench.wire.Engine."""
-        llama.llama_memory_clear(self._memory, True)
+        llama.llama_memory_clear(self._memory, _DATA_TOO)
         self._depth, self._sequences = depth, sequences
         if not depth:
             return
         if not self._saved:
-            self._run([0] * SAMPLE, list(range(SAMPLE)), list(range(300, 300 + SAMPLE)))
+            self._run([0] * SAMPLE, list(range(SAMPLE)), [some_token(place) for place in range(SAMPLE)])
             size = llama.llama_state_seq_get_size(self._context, 0)
             buffer = (ctypes.c_uint8 * size)()
             if llama.llama_state_seq_get_data(self._context, buffer, size, 0) != size:
                 raise RuntimeError("llama.cpp did not save its state")
             self._saved = bytes(buffer)
-            llama.llama_memory_clear(self._memory, True)
+            llama.llama_memory_clear(self._memory, _DATA_TOO)
         deep = lengthened(self._saved, depth, values=self._values)
         for sequence in range(sequences):
             buffer = (ctypes.c_uint8 * len(deep)).from_buffer(deep)
@@ -61,7 +64,7 @@ class Llama:
 
     def decode(self, steps: int) -> list[float]:
         """See bench.wire.Engine."""
-        tokens = [index + 300 for index in range(self._sequences)]
+        tokens = [some_token(index) for index in range(self._sequences)]
         owners = list(range(self._sequences))
         times: list[float] = []
         for _ in range(steps):
@@ -77,7 +80,7 @@ class Llama:
         for first in range(0, tokens, UBATCH):
             size = min(UBATCH, tokens - first)
             positions = [self._depth + place for place in range(size)]
-            self._run([0] * size, positions, [300 + first + place for place in range(size)])
+            self._run([0] * size, positions, [some_token(first + place) for place in range(size)])
             self._depth += size
         return time.perf_counter() - start
 
@@ -99,47 +102,6 @@ class Llama:
     def _greedy(self, row: int) -> int:
         logits = llama.llama_get_logits_ith(self._context, row)
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
-
-
-def lengthened(saved: bytes, depth: int, *, values: bool) -> bytearray:
-    """Repeat the rows of a saved sequence up to `depth` cells.
-
-    The layout is llama.cpp's (llama-kv-cache.cpp, state_write): magic, sequence id, number of streams; then the
-    number of cells, of each cell position, number of sequences, the optional two-dimensional position and token,
-    sequence; then whether values are transposed, and of each layer type, bytes of a row, rows: keys of all layers,
-    then values. The other streams have no cells. What follows (the recurrent states of a hybrid, with a position
-    of their own) stays as it is.
-    """
-    head, streams, count = saved[:8], *struct.unpack_from("<II", saved, 8)
-    # The second cell starts with position 1 and one sequence, 12 or 24 bytes after the first.
-    width = next(size for size in (12, 24) if struct.unpack_from("<iI", saved, 16 + size) == (1, 1))
-    cell = saved[24 : 16 + width]
-    out = bytearray(head + struct.pack("<II", streams, depth))
-    for position in range(depth):
-        # A text token's two-dimensional position is its position, twice.
-        places = struct.pack("<ii", position, position) + cell[8:] if width == 24 else cell
-        out += struct.pack("<iI", position, 1) + places
-    at = 16 + width * count
-    transposed, layers = struct.unpack_from("<II", saved, at)
-    if transposed:
-        raise RuntimeError("the saved values are transposed; turn flash attention on")
-    out += saved[at : at + 8]
-    at += 8
-    for _ in range(layers * (1 + values)):
-        _kind, row = struct.unpack_from("<iQ", saved, at)
-        rows = saved[at + 12 : at + 12 + row * count]
-        out += saved[at : at + 12]
-        whole, rest = divmod(depth, count)
-        out += rows * whole + rows[: rest * row]
-        at += 12 + row * count
-    out += saved[at : at + 4 * (streams - 1)]
-    tail = bytearray(saved[at + 4 * (streams - 1) :])
-    if tail:
-        # A recurrent state: one cell, its position, no list of sequences.
-        if struct.unpack_from("<IiI", tail) != (1, count - 1, 0):
-            raise RuntimeError("what follows the rows is not one recurrent state")
-        struct.pack_into("<i", tail, 4, depth - 1)
-    return out + tail
 
 
 def start(model: str, kv: str, context: int, sequences: int, threads: int, values: int) -> tuple[Llama, str]:

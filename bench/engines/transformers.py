@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bench.wire import serve
+from bench.wire import serve, some_token
 from truekv.core.lazy import torch
 
 
@@ -23,7 +23,7 @@ class Transformers:
         self._past, self._sequences = None, sequences
         if not depth:
             return
-        self._run(torch.full((sequences, 4), 300))
+        self._run(torch.full((sequences, 4), some_token(0)))
         for layer in self._past.layers:
             if isinstance(getattr(layer, "keys", None), torch.Tensor):
                 batch, heads, _short, dim = layer.keys.shape
@@ -32,7 +32,7 @@ class Transformers:
 
     def decode(self, steps: int) -> list[float]:
         """See bench.wire.Engine."""
-        tokens_B1 = torch.full((self._sequences, 1), 300)
+        tokens_B1 = torch.full((self._sequences, 1), some_token(0))
         times: list[float] = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -43,7 +43,7 @@ class Transformers:
     def append(self, tokens: int) -> float:
         """See bench.wire.Engine."""
         start = time.perf_counter()
-        self._run(torch.arange(300, 300 + tokens)[None])
+        self._run(torch.tensor([[some_token(place) for place in range(tokens)]]))
         return time.perf_counter() - start
 
     def _run(self, tokens_BT: torch.Tensor) -> torch.Tensor:

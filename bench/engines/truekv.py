@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.fill import fill
-from bench.wire import serve
+from bench.wire import serve, some_token
 from truekv.core.batch import Chunk
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
@@ -36,7 +36,7 @@ class TrueKV:
 
     def decode(self, steps: int) -> list[float]:
         """See bench.wire.Engine."""
-        tokens = [index + 300 for index in range(len(self._held))]
+        tokens = [some_token(index) for index in range(len(self._held))]
         times: list[float] = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -50,7 +50,7 @@ class TrueKV:
         start = time.perf_counter()
         for first in range(0, tokens, self._step_tokens):
             size = min(self._step_tokens, tokens - first)
-            self._greedy([Chunk(self._held[0], [300 + first + place for place in range(size)])])
+            self._greedy([Chunk(self._held[0], [some_token(first + place) for place in range(size)])])
         return time.perf_counter() - start
 
     def _greedy(self, chunks: list[Chunk]) -> list[int]:
