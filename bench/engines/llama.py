@@ -7,6 +7,7 @@ and restored. So every row is one that llama.cpp encoded itself, in memory of it
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,7 @@ llama: Final = import_module("llama_cpp")
 SAMPLE: Final = 512
 UBATCH: Final = 512
 _DATA_TOO: Final = True
+_LOG_ERROR: Final = 4
 TYPES: Final = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type
 
 
@@ -104,8 +106,15 @@ class Llama:
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
 
+@llama.llama_log_callback
+def _errors_alone(level: int, text: bytes, _data: object) -> None:
+    if level == _LOG_ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
 def start(model: str, kv: str, context: int, sequences: int, threads: int, values: int) -> tuple[Llama, str]:
     """Load a GGUF file with flash attention and rows of one type, for so many sequences of `context` tokens."""
+    llama.llama_log_set(_errors_alone, None)
     llama.llama_backend_init()
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0
@@ -113,7 +122,7 @@ def start(model: str, kv: str, context: int, sequences: int, threads: int, value
     if not loaded:
         raise RuntimeError(f"llama.cpp cannot load {model}")
     asked = llama.llama_context_default_params()
-    asked.n_ctx = context * sequences
+    asked.n_ctx = max(context, SAMPLE) * sequences
     asked.n_batch = asked.n_ubatch = max(UBATCH, sequences)
     asked.n_seq_max = sequences
     asked.n_threads = asked.n_threads_batch = threads
