@@ -12,7 +12,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import TYPE_CHECKING, Final
 
 from bench.checkpoints import CONFIGS, checkpoint
@@ -32,6 +32,11 @@ PEER_PYTHON: Final = FOLDER / "peer" / "bin" / "python"
 PEER_READY: Final = FOLDER / "peer" / "ready"
 """Made by `make bench-peer` when all of it is built."""
 NO_PEER: Final = "llama.cpp is not built here; build it with 'make bench-peer', or name another engine with --peer"
+
+
+SAME: Final = 0.9
+"""Least correlation of both engines' logits; 4-bit rows cost random weights a few hundredths, a wrong model all."""
+SAME_TOKENS: Final = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,7 @@ class _Pair:
 
     def alone(self) -> Iterator[Row]:
         """Measure one sequence: decode at each depth, prefill, and memory at the deepest."""
+        self.check()
         for depth in self.size.depths:
             yield self.decode(depth, 1)
         yield self._row("memory", self.size.depths[-1], 1, 0, self.ours.peak(), self.theirs.peak())
@@ -164,6 +170,18 @@ class _Pair:
             yield self._prefill("prefill", 0, tokens)
         if self.size.chunk:
             yield self._prefill("append", self.size.middle, self.size.chunk)
+
+    def check(self) -> None:
+        """Refuse to compare engines that do not compute the same model: a prefix must leave nearly the same logits."""
+        for engine in (self.ours, self.theirs):
+            engine.fill(0)
+            engine.append(SAME_TOKENS)
+        alike = correlation(self.ours.logits(), self.theirs.logits())
+        if alike < SAME:
+            raise Refused(
+                f"after {SAME_TOKENS} tokens of {self.model}, logits over {self.kv} and {self.peer_format} correlate by "
+                f"{alike:.3f} alone, less than {SAME}: the engines do not compute the same model"
+            )
 
     def decode(self, depth: int, sequences: int) -> Row:
         """Decode by turns, after a first token, which also pays for what is set up once per cache."""

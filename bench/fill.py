@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from truekv.core.batch import Chunk
 from truekv.core.lazy import torch
@@ -44,7 +44,7 @@ def fill(arena: Arena, depth: int, sequences: int, seed: int = 0) -> list[Sequen
 def _draw(arena: Arena, step: Step, seed: int) -> None:
     """Encode random rows for the tokens of a step; layers that are alike get the same bytes."""
     generator = torch.Generator().manual_seed(seed)
-    pages = torch.unique(step.page)
+    pages = cast("list[int]", step.page.unique().tolist())
     encoded: dict[object, PagedLayer] = {}
     for layer in _paged(arena):
         alike = encoded.setdefault(tuple((stored.field, stored.format.name) for stored in layer.stored), layer)

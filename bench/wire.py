@@ -38,6 +38,10 @@ class Engine(Protocol):
         """Prefill so many tokens at the end of the first sequence."""
         ...
 
+    def logits(self) -> list[float]:
+        """Return the logits after the last token."""
+        ...
+
 
 class Worker:
     """The client's end: starts the engine's process and calls it."""
@@ -77,6 +81,10 @@ class Worker:
     def append(self, tokens: int) -> float:
         """See Engine."""
         return self._call("append", tokens=tokens)
+
+    def logits(self) -> list[float]:
+        """See Engine."""
+        return self._call("logits")
 
     def peak(self) -> int:
         """Most bytes that were resident since the last fill, weights included."""

@@ -62,6 +62,8 @@ class Llama:
             buffer = (ctypes.c_uint8 * len(deep)).from_buffer(deep)
             if not llama.llama_state_seq_set_data(self._context, buffer, len(deep), sequence):
                 raise RuntimeError(f"llama.cpp did not restore a state of {depth} tokens")
+            if (last := llama.llama_memory_seq_pos_max(self._memory, sequence)) != depth - 1:
+                raise RuntimeError(f"llama.cpp restored a state up to position {last}, not {depth - 1}")
             del buffer
 
     def decode(self, steps: int) -> list[float]:
@@ -86,6 +88,10 @@ class Llama:
             self._depth += size
         return time.perf_counter() - start
 
+    def logits(self) -> list[float]:
+        """See bench.wire.Engine."""
+        return self._logits(-1).tolist()
+
     def _run(
         self, owners: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, every: bool = False
     ) -> list[int]:
@@ -102,8 +108,10 @@ class Llama:
         return [self._greedy(row) for row in rows]
 
     def _greedy(self, row: int) -> int:
-        logits = llama.llama_get_logits_ith(self._context, row)
-        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+        return int(self._logits(row).argmax())
+
+    def _logits(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, row), (self._vocabulary,))
 
 
 @llama.llama_log_callback

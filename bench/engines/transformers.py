@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 from bench.wire import serve, some_token
 from truekv.core.lazy import torch
@@ -17,6 +17,7 @@ class Transformers:
         self._model = model
         self._past: Any = None
         self._sequences = 0
+        self._logits_V = torch.empty(0)
 
     def fill(self, depth: int, sequences: int) -> None:
         """See bench.wire.Engine."""
@@ -46,10 +47,15 @@ class Transformers:
         self._run(torch.tensor([[some_token(place) for place in range(tokens)]]))
         return time.perf_counter() - start
 
+    def logits(self) -> list[float]:
+        """See bench.wire.Engine."""
+        return cast("list[float]", self._logits_V.float().tolist())
+
     def _run(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             out = self._model(input_ids=tokens_BT, past_key_values=self._past, use_cache=True, logits_to_keep=1)
         self._past = out.past_key_values
+        self._logits_V = out.logits[-1, -1]
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bench.fill import fill
 from bench.wire import serve, some_token
@@ -27,6 +27,7 @@ class TrueKV:
         self._runner = runner
         self._step_tokens = step_tokens
         self._held: list[Sequence] = []
+        self._logits_V = torch.empty(0)
 
     def fill(self, depth: int, sequences: int) -> None:
         """See bench.wire.Engine."""
@@ -53,6 +54,10 @@ class TrueKV:
             self._greedy([Chunk(self._held[0], [some_token(first + place) for place in range(size)])])
         return time.perf_counter() - start
 
+    def logits(self) -> list[float]:
+        """See bench.wire.Engine."""
+        return cast("list[float]", self._logits_V.tolist())
+
     def _greedy(self, chunks: list[Chunk]) -> list[int]:
         results = self._runner.step(chunks, [1] * len(chunks))
         best: list[int] = []
@@ -60,6 +65,7 @@ class TrueKV:
             if isinstance(logits_1V, Corrupted):
                 raise logits_1V
             best.append(int(logits_1V.argmax()))
+            self._logits_V = logits_1V[0]
         return best
 
 
