@@ -52,8 +52,7 @@ build/bench/peer/ready:
 	build/bench/peer/bin/pip download -q --no-deps --no-binary llama-cpp-python -d build/bench llama-cpp-python==$(LLAMA)
 	rm -rf build/bench/llama.cpp && mkdir -p build/bench/llama.cpp
 	tar xzf build/bench/llama_cpp_python-$(LLAMA).tar.gz -C build/bench/llama.cpp --strip-components 1
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" build/bench/peer/bin/pip install -q build/bench/llama.cpp \
-	    -C build.targets=llama -C cmake.build-type=Release
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" build/bench/peer/bin/pip install -q build/bench/llama.cpp
 	touch $@
 
 clean:

@@ -179,8 +179,8 @@ class _Pair:
         alike = correlation(self.ours.logits(), self.theirs.logits())
         if alike < SAME:
             raise Refused(
-                f"after {SAME_TOKENS} tokens of {self.model}, logits over {self.kv} and {self.peer_format} correlate by "
-                f"{alike:.3f} alone, less than {SAME}: the engines do not compute the same model"
+                f"after {SAME_TOKENS} tokens of {self.model} the logits over {self.kv} and {self.peer_format} rows "
+                f"correlate by {alike:.3f}, less than {SAME}: the engines do not compute the same model"
             )
 
     def decode(self, depth: int, sequences: int) -> Row:
