@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LLAMA := 0.3.36
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 BUILD = $(CMAKE) --build build/$@ --parallel 2
 
-.PHONY: demo test check wheel wheel-test sanitize arm64 clean
+.PHONY: demo test check wheel wheel-test sanitize arm64 bench bench-peer clean
 
 demo: $(VENV)/.run
 	$(BIN)/truekv demo
@@ -20,6 +21,16 @@ check: $(VENV)/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# For a machine with nothing else to do. Checkpoints, the peer and the last measurements stay in build/bench.
+bench: $(VENV)/.bench bench-peer
+	$(BIN)/python -m bench.attention
+	$(BIN)/python -m bench.decode --peer llama.cpp
+	$(BIN)/python -m bench.decode --peer transformers
+	$(BIN)/python -m bench.report
+
+# llama.cpp for this machine's processor, from the sources of llama-cpp-python; its converter stays beside it.
+bench-peer: build/bench/peer/ready
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +78,18 @@ arm64: $(CMAKE)
 
 $(BIN)/cmake: $(VENV)/bin/python
 	$(BIN)/pip install -q cmake
+
+$(VENV)/.bench: $(VENV)/.run
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	touch $@
+
+build/bench/peer/ready:
+	$(PYTHON) -m venv build/bench/peer
+	build/bench/peer/bin/pip download -q --no-deps --no-binary llama-cpp-python -d build/bench llama-cpp-python==$(LLAMA)
+	rm -rf build/bench/llama.cpp && mkdir -p build/bench/llama.cpp
+	tar xzf build/bench/llama_cpp_python-$(LLAMA).tar.gz -C build/bench/llama.cpp --strip-components 1
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" build/bench/peer/bin/pip install -q build/bench/llama.cpp
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
