@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
+    from truekv.core.ops import Ops
     from truekv.core.protocols import CacheFormat, ScanKernel, Stored
     from truekv.core.spec import LayerSpec, ModelSpec
 
@@ -67,6 +68,7 @@ class Kernels:
     backend: str
     paged: PagedKernels
     scans: Mapping[str, ScanKernel]
+    ops: Ops
     rows: tuple[tuple[str, str], ...]
     calls: Counter[str] = field(default_factory=Counter[str], compare=False)
 
@@ -138,9 +140,8 @@ def select(
                 )
             sizes = " ".join(f"{name}={size}" for name, size in layer.sizes)
             rows[f"scan {layer.rule} {sizes}".strip()] = scans[layer.rule][0]
-    return Kernels(
-        chosen, paged, MappingProxyType({rule: kernel for rule, (_, kernel) in scans.items()}), tuple(rows.items())
-    )
+    kernels = MappingProxyType({rule: kernel for rule, (_, kernel) in scans.items()})
+    return Kernels(chosen, paged, kernels, _ops(chosen), tuple(rows.items()))
 
 
 def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]]) -> str:
@@ -160,6 +161,10 @@ def _say_slow(reason: str) -> None:
 
 def _paged(backend: str) -> PagedKernels:
     return cast("PagedKernels", importlib.import_module(f"{__package__}.{backend}.paged"))
+
+
+def _ops(backend: str) -> Ops:
+    return cast("Ops", importlib.import_module(f"{__package__}.{backend}.ops").OPS)
 
 
 def _scans(backend: str) -> dict[str, ScanKernel]:
