@@ -52,6 +52,7 @@ namespace {
 
 constexpr int64_t PANEL = 64;     // outputs
 constexpr int64_t BLOCK = 1024;   // inputs of a panel that are multiplied with all rows of a chunk before the next
+constexpr int64_t RUN = 128;      // inputs that are summed on their own: rounding grows with RUN + in / RUN, not with in
 constexpr int64_t CHUNK = 192;    // rows whose sums rest in the scratch
 constexpr int64_t ALONE = 1 << 16;  // products below which waking another thread costs more than it saves
 
@@ -107,7 +108,7 @@ INLINE void tile(const T* const* x, const T* w, int64_t width, int64_t begin, in
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) sum[r][v] = begin ? load<F32>(sums + r * PANEL + v * LANES) : zero();
+    for (int v = 0; v < VECTORS; v++) sum[r][v] = zero();
   const int64_t line = width * S::inputs;
   w += begin * width;
   auto advance = [&](int64_t i, bool half) INLINE_LAMBDA {
@@ -125,7 +126,10 @@ INLINE void tile(const T* const* x, const T* w, int64_t width, int64_t begin, in
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) store(sums + r * PANEL + v * LANES, sum[r][v]);
+    for (int v = 0; v < VECTORS; v++) {
+      float* at = sums + r * PANEL + v * LANES;
+      store(at, begin ? load<F32>(at) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <class T, int ROWS>
@@ -184,7 +188,9 @@ void chunk(const Linear& a, int64_t group, int64_t row, int64_t rows, int64_t pa
   for (int64_t begin = 0; begin < a.in; begin += BLOCK) {
     const int64_t end = begin + BLOCK < a.in ? begin + BLOCK : a.in;
     for (int64_t r = 0; r < rows; r += TILE_ROWS)
-      block(x + r, (int)(rows - r < TILE_ROWS ? rows - r : TILE_ROWS), w, width, begin, end, sums + r * PANEL);
+      for (int64_t at = begin; at < end; at += RUN)
+        block(x + r, (int)(rows - r < TILE_ROWS ? rows - r : TILE_ROWS), w, width, at, end - at < RUN ? end : at + RUN,
+              sums + r * PANEL);
   }
   finish<T>(a, group, row, panel, rows, sums);
 }
