@@ -142,7 +142,7 @@ void head_run(const Gdn& a, const Row<T>& row, int64_t head, int64_t first, int6
     w.beta[t] = row.at(place, a.beta, a.beta_log, a.heads, head);
     w.out[t] = place < row.replay ? nullptr : a.out + (row.token[place - row.replay] * a.heads + head) * a.value_dim;
   }
-  for (int64_t t = 0; t < tokens; t += LANES) store(w.keep + t, exp(load<F32>(w.keep + t)));
+  for (int64_t t = 0; t < tokens; t += LANES) store(w.keep + t, exact_exp(load<F32>(w.keep + t)));
   const Run run{tokens, a.key_dim, a.value_dim, first < row.kept, w.q, w.k, w.v, w.qk, w.keep, w.beta, w.out, w.block};
   head_scan(run, a.state + (row.slot * a.heads + head) * a.key_dim * a.value_dim, w.copy);
 }

@@ -87,7 +87,7 @@ void head_run(const Mamba2& a, const Row<T>& row, int64_t head, int64_t first, i
     w.dt[t] = row.at(place, a.dt, a.dt_log, a.heads, head);
     w.out[t] = place < row.replay ? nullptr : a.out + (row.token[place - row.replay] * a.heads + head) * a.head_dim;
   }
-  for (int64_t t = 0; t < tokens; t += LANES) store(w.keep + t, exp(load<F32>(w.dt + t) * a.A[head]));
+  for (int64_t t = 0; t < tokens; t += LANES) store(w.keep + t, exact_exp(load<F32>(w.dt + t) * a.A[head]));
   const Run run{tokens, a.head_dim, a.size, w.x, w.b, w.c, w.dt, w.keep, a.D[head], w.out};
   float* state = a.state + (row.slot * a.heads + head) * a.head_dim * a.size;
   const bool fold = first < row.kept;
