@@ -144,6 +144,11 @@ def select(
     return Kernels(chosen, paged, kernels, _ops(chosen), tuple(rows.items()))
 
 
+def fastest_ops() -> Ops:
+    """Return the operations of the fastest backend that is there, for a pass that stores rows as they are."""
+    return _ops(NATIVE if library() else REFERENCE)
+
+
 def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]]) -> str:
     """Return the native backend if it can run every paged layer, else the reference."""
     reasons = (_refusal(NATIVE, layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
