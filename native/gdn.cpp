@@ -24,6 +24,8 @@ constexpr int WIDE = 4;
 #else
 constexpr int WIDE = 2;
 #endif
+// A single token reads and writes its state once, in memory: longer stretches of it at a time.
+constexpr int STREAM = 2 * WIDE;
 
 // One head's tokens of a run.
 struct Run {
@@ -92,6 +94,8 @@ void ragged_scan(const Run& run, int64_t column, float* state, float* copy) {
 
 void head_scan(const Run& run, float* state, float* copy) {
   int64_t column = 0;
+  for (; run.tokens == 1 && column + STREAM * LANES <= run.value_dim; column += STREAM * LANES)
+    columns_scan<STREAM>(run, column, state + column, run.value_dim);
   for (; column + WIDE * LANES <= run.value_dim; column += WIDE * LANES)
     columns_scan<WIDE>(run, column, state + column, run.value_dim);
   for (; column + LANES <= run.value_dim; column += LANES) columns_scan<1>(run, column, state + column, run.value_dim);
