@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEER := build/bench/peer/bin
 LLAMA := 0.3.36
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -29,7 +30,8 @@ bench: $(VENV)/.bench bench-peer
 	$(BIN)/python -m bench.decode --peer transformers
 	$(BIN)/python -m bench.report
 
-# llama.cpp for this machine's processor, from the sources of llama-cpp-python; its converter stays beside it.
+# llama.cpp for this machine's processor, from the sources of llama-cpp-python, whose converter stays beside it. The
+# package's own build would make all of llama.cpp's programs' code too; the bench needs libllama alone.
 bench-peer: build/bench/peer/ready
 
 $(VENV)/bin/python:
@@ -85,10 +87,16 @@ $(VENV)/.bench: $(VENV)/.run
 
 build/bench/peer/ready:
 	$(PYTHON) -m venv build/bench/peer
-	build/bench/peer/bin/pip download -q --no-deps --no-binary llama-cpp-python -d build/bench llama-cpp-python==$(LLAMA)
+	$(PEER)/pip install -q cmake
+	$(PEER)/pip download -q --no-deps --no-binary llama-cpp-python -d build/bench llama-cpp-python==$(LLAMA)
 	rm -rf build/bench/llama.cpp && mkdir -p build/bench/llama.cpp
 	tar xzf build/bench/llama_cpp_python-$(LLAMA).tar.gz -C build/bench/llama.cpp --strip-components 1
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" build/bench/peer/bin/pip install -q build/bench/llama.cpp
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PEER)/pip install -q build/bench/llama.cpp
+	$(PEER)/cmake -S build/bench/llama.cpp/vendor/llama.cpp -B build/bench/peer/llama -DCMAKE_BUILD_TYPE=Release \
+	    -DGGML_NATIVE=ON
+	$(PEER)/cmake --build build/bench/peer/llama --target llama --parallel $(shell nproc)
+	library=$$($(PEER)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/llama_cpp/lib && \
+	    mkdir -p $$library && cp -a build/bench/peer/llama/bin/*.so* $$library/
 	touch $@
 
 clean:

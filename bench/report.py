@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from bench.checkpoints import DESCRIPTIONS
 from bench.machine import FOLDER
@@ -43,14 +44,11 @@ def render(measured: Sequence[Measurement]) -> str:
 
 def plot(measured: Measurement, path: Path) -> None:
     """Draw decode speed of one sequence against depth: a panel per model, a colour per format, dashes for the peer."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    import_module("matplotlib").use("Agg")
+    plt: Any = import_module("matplotlib.pyplot")  # there with truekv[bench] alone
     rows = [row for row in measured["rows"] if row["what"] == "decode" and row["batch"] == 1]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, panels = cast("Any", plt).subplots(1, len(models), figsize=(4.2 * len(models), 3.6), squeeze=False)
+    figure, panels = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):
         formats = dict.fromkeys((row["format"], row["peer_format"]) for row in rows if row["model"] == model)
         for index, (ours, theirs) in enumerate(formats):
