@@ -79,7 +79,7 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     )
     measured = _measured(checkpoint, options.kv_cache_frames, model)
     _permit(spec, formats, measured, model)
-    kernels = select(spec, [chosen or () for chosen in formats])
+    kernels = select(spec, [chosen or () for chosen in formats], backend=options.kernel_backend)
     tokenizer = Tokenizer.open(checkpoint.directory)
     template = ChatTemplate.open(checkpoint.directory)
     checkpoint.check()
