@@ -39,7 +39,13 @@ constexpr int KEYS = 32;    // of one block
 constexpr int SPLIT = 512;  // keys of one partial result
 constexpr int TILE = 64;    // query rows that share a decoded block
 constexpr int AHEAD = 3;    // blocks
-constexpr int DIRECT = 2;   // rows up to which it is cheaper to decode a key again than to write it down
+#if defined(__AVX512F__)
+constexpr int SUMS = 16;    // running sums in registers
+constexpr int DIRECT = 2;   // rows up to which keys and values go from the decoder into sums without being written down
+#else
+constexpr int SUMS = 4;
+constexpr int DIRECT = 0;
+#endif
 
 INLINE void fetch(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
@@ -50,25 +56,31 @@ INLINE void fetch(const uint8_t* from, int64_t bytes) {
 template <class D, int ROWS>
 void score(const D& decoder, const uint8_t* keys, int bytes, int units, const float* query, int lanes, int tokens,
            float* scores, const uint8_t* ahead) {
-  constexpr int TOKENS = LANES / ROWS;
+  constexpr int TOKENS = LANES / ROWS, AT_ONCE = std::max(1, SUMS / ROWS);
   for (int t = 0; t < tokens; t += TOKENS) {
     if (ahead) fetch(ahead + t * bytes, TOKENS * bytes);
     F32 total[LANES];
+#pragma GCC unroll 4
+    for (int first = 0; first < TOKENS; first += AT_ONCE) {
+      F32 part[ROWS * AT_ONCE];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) total[i] = zero();
-    const uint8_t* row = keys + (int64_t)t * bytes;
-    for (int unit = 0; unit < units; unit++) {
-      const float* q = query + unit * D::VECTORS * LANES;
+      for (int i = 0; i < ROWS * AT_ONCE; i++) part[i] = zero();
+      const uint8_t* row = keys + (int64_t)(t + first) * bytes;
+      for (int unit = 0; unit < units; unit++) {
+        const float* q = query + unit * D::VECTORS * LANES;
 #pragma GCC unroll 16
-      for (int i = 0; i < TOKENS; i++) {
-        F32 key[D::VECTORS];
-        decoder.read(row + i * bytes, unit, key);
+        for (int i = 0; i < AT_ONCE; i++) {
+          F32 key[D::VECTORS];
+          decoder.read(row + i * bytes, unit, key);
 #pragma GCC unroll 8
-        for (int v = 0; v < D::VECTORS; v++)
+          for (int v = 0; v < D::VECTORS; v++)
 #pragma GCC unroll 8
-          for (int r = 0; r < ROWS; r++)
-            total[r * TOKENS + i] = fma(key[v], load<F32>(q + r * lanes + v * LANES), total[r * TOKENS + i]);
+            for (int r = 0; r < ROWS; r++)
+              part[r * AT_ONCE + i] = fma(key[v], load<F32>(q + r * lanes + v * LANES), part[r * AT_ONCE + i]);
+        }
       }
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS * AT_ONCE; i++) total[i / AT_ONCE * TOKENS + first + i % AT_ONCE] = part[i];
     }
     alignas(64) float added[LANES];
     store(added, sums(total));
@@ -109,7 +121,7 @@ INLINE void weigh_units(const D& decoder, const uint8_t* values, int bytes, int 
 template <class D, int ROWS>
 void weigh(const D& decoder, const uint8_t* values, int bytes, int units, const float* weights, int tokens, float* mean,
            int lanes, const uint8_t* ahead) {
-  constexpr int MOST = std::max(1, (ROWS == 1 ? 8 : 16 / ROWS) / D::VECTORS);
+  constexpr int MOST = std::max(1, std::min(8, SUMS / ROWS) / D::VECTORS);
   int unit = 0;
   for (; unit + MOST <= units; unit += MOST) {
     weigh_units<D, ROWS, MOST>(decoder, values, bytes, unit, weights, tokens, mean, lanes, unit ? nullptr : ahead);
@@ -393,8 +405,10 @@ class Attention {
     with_decoder(a.scored[f].code, [&](auto type) {
       using D = typename decltype(type)::Decoder;
       D decoder(shape.dim);
-      if (direct && tile.rows == 1) return score<D, 1>(decoder, from.codes, shape.bytes, shape.units, q, shape.lanes, tokens, scores, from.ahead);
-      if (direct) return score<D, 2>(decoder, from.codes, shape.bytes, shape.units, q, shape.lanes, tokens, scores, from.ahead);
+      if constexpr (DIRECT > 0) {
+        auto go = tile.rows == 1 ? score<D, 1> : score<D, 2>;
+        if (direct) return go(decoder, from.codes, shape.bytes, shape.units, q, shape.lanes, tokens, scores, from.ahead);
+      }
       decode(decoder, from.codes, shape.bytes, shape.units, tokens, decoded, from.ahead);
       in_fours((int)tile.rows, [&](int r, auto count) {
         score<Float32, count>(Float32(0), (const uint8_t*)decoded, 4 * shape.lanes, shape.lanes / LANES,
@@ -407,8 +421,10 @@ class Attention {
     with_decoder(a.value.code, [&](auto type) {
       using D = typename decltype(type)::Decoder;
       D decoder(value.dim);
-      if (direct && rows == 1) return weigh<D, 1>(decoder, from.codes, value.bytes, value.units, weights, tokens, mean, value.lanes, from.ahead);
-      if (direct) return weigh<D, 2>(decoder, from.codes, value.bytes, value.units, weights, tokens, mean, value.lanes, from.ahead);
+      if constexpr (DIRECT > 0) {
+        auto go = rows == 1 ? weigh<D, 1> : weigh<D, 2>;
+        if (direct) return go(decoder, from.codes, value.bytes, value.units, weights, tokens, mean, value.lanes, from.ahead);
+      }
       if (!a.latent) decode(decoder, from.codes, value.bytes, value.units, tokens, decoded, from.ahead);
       in_fours(rows, [&](int r, auto count) {
         weigh<Float32, count>(Float32(0), (const uint8_t*)decoded, 4 * value.lanes, value.lanes / LANES,

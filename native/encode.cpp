@@ -164,7 +164,8 @@ void encode_affine(const float* x, bool five, uint8_t* block) {
   int top = five ? 31 : 15;
   uint8_t code[BLOCK];
   float low = x[0], high = x[0];
-  for (int i = 1; i < BLOCK; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+  // Of -0 and +0 the later one counts: the zeros that fill up the last block of a row.
+  for (int i = 1; i < BLOCK; i++) low = x[i] <= low ? x[i] : low, high = x[i] >= high ? x[i] : high;
   float scale = (high - low) / (float)top, by = inverse(scale);
   put_half(block, nearest_half(scale));
   put_half(block + 2, nearest_half(low));

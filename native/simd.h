@@ -153,11 +153,21 @@ INLINE F32 sums(const F32* a) {
 #endif
 }
 
-INLINE F32 to_f32(I32 a) { return __builtin_convertvector(a, F32); }
+INLINE F32 to_f32(I32 a) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_cvtepi32_ps(0xFFFF, (__m512i)a);
+#else
+  return __builtin_convertvector(a, F32);
+#endif
+}
 
 // 16 bfloat16 numbers, widened.
 INLINE F32 widen(U16 a) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)a), 16);
+#else
   return (F32)(__builtin_convertvector(a, U32) << 16);
+#endif
 }
 
 INLINE F32 load_bf16(const void* from) { return widen(load<U16>(from)); }
@@ -186,7 +196,9 @@ INLINE uint16_t float_to_bf16(float a) {
 }
 
 INLINE I32 widen(I8 a) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return (I32)_mm512_maskz_cvtepi8_epi32(0xFFFF, (__m128i)a);
+#elif defined(__AVX2__)
   union U { I32 v; __m256i h[2]; } r;
   r.h[0] = _mm256_cvtepi8_epi32((__m128i)a);
   r.h[1] = _mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)a, 8));

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Formats = tuple["CacheFormat", ...]
 NATIVE: Final = "native"
 REFERENCE: Final = "reference"
+_NOT_BUILT: Final = "no native library was built: install truekv again where there is a C++ compiler"
 
 
 class PagedKernels(Protocol):
@@ -119,7 +120,7 @@ def select(
         layers += zip(spec.draft_layers, draft_formats, strict=True)
     chosen = _fastest(layers) if backend == "auto" else choose("kernel backend", backend, _backends())
     if chosen == NATIVE and library() is None:
-        raise Refused("no native library was built: install truekv again where there is a C++ compiler, or use reference")
+        raise Refused(f"{_NOT_BUILT}, or use the reference backend")
     paged = _paged(chosen)
     scans = {rule: (name, kernel) for name in (REFERENCE, chosen) for rule, kernel in _scans(name).items()}
     rows: dict[str, str] = {}
@@ -145,7 +146,7 @@ def select(
 def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]]) -> str:
     """Return the native backend if it can run every paged layer, else the reference."""
     reasons = (_refusal(NATIVE, layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
-    reason = (next((text for text in reasons if text), None)) if library() else "no native library was built"
+    reason = (next((text for text in reasons if text), None)) if library() else _NOT_BUILT
     if reason is None:
         return NATIVE
     _say_slow(reason)

@@ -89,6 +89,16 @@ Dtype = Annotated[
     typer.Option(help="Compute dtype; auto is the checkpoint's.", rich_help_panel="KV cache"),
 ]
 
+Backend = Annotated[
+    str,
+    typer.Option(
+        "--kernel-backend",
+        metavar="NAME",
+        help="auto, native or reference; auto is native where it was built.",
+        rich_help_panel="KV cache",
+    ),
+]
+
 
 def _version(asked: bool) -> None:  # noqa: FBT001 (typer calls it with the flag)
     if asked:
@@ -132,6 +142,7 @@ def generate(
     kv_cache_frames: Frames = None,
     max_model_len: MaxModelLen = None,
     dtype: Dtype = "auto",
+    kernel_backend: Backend = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Complete a prompt, or answer a conversation; the text streams to the terminal.
@@ -148,7 +159,7 @@ def generate(
 
     params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop, logprobs)
     cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype)
+    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
     run(model, prompt, messages, options, params, chat=chat, as_json=as_json)
 
 
@@ -172,6 +183,7 @@ def chat(
     kv_cache_frames: Frames = None,
     max_model_len: MaxModelLen = None,
     dtype: Dtype = "auto",
+    kernel_backend: Backend = "auto",
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -183,7 +195,8 @@ def chat(
 
     params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
     cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    run(model, _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype), params, system)
+    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
+    run(model, options, params, system)
 
 
 @app.command()
@@ -307,7 +320,9 @@ def _sampling(
     )
 
 
-def _engine(cache: str, layers: str, frames: str | None, length: int | None, dtype: Dtype) -> EngineOptions:
+def _engine(
+    cache: str, layers: str, frames: str | None, length: int | None, dtype: Dtype, backend: str
+) -> EngineOptions:
     return EngineOptions(
         dtype=dtype,
         kv_cache_dtype=cache,
@@ -315,6 +330,7 @@ def _engine(cache: str, layers: str, frames: str | None, length: int | None, dty
         kv_cache_frames=frames,
         max_model_len=length,
         max_num_seqs=1,
+        kernel_backend=backend,
     )
 
 

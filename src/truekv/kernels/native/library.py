@@ -30,6 +30,8 @@ class Library:
         self.isas: tuple[str, ...] = tuple(machine().decode().split())
         """What this machine can run, the slowest first."""
         self.isa = self.isas[-1]
+        self.recorder: Callable[[Callable[[], None]], None] | None = None
+        """Told of every call that was made, so that a captured step can make it again on the same buffers."""
         self._functions: dict[tuple[str, str], Callable[..., None]] = {}
 
     def call(self, op: str, arguments: ctypes.Structure) -> None:
@@ -37,7 +39,10 @@ class Library:
         function = self._functions.get((op, self.isa))
         if function is None:
             function = self._bind(op, type(arguments))
-        function(ctypes.byref(arguments))
+        pointer = ctypes.byref(arguments)
+        function(pointer)
+        if self.recorder is not None:
+            self.recorder(functools.partial(function, pointer))
 
     @contextmanager
     def using(self, isa: str) -> Iterator[None]:
@@ -48,6 +53,15 @@ class Library:
             yield
         finally:
             self.isa = before
+
+    @contextmanager
+    def recorded(self, recorder: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+        """Tell `recorder` of every call inside the block."""
+        self.recorder = recorder
+        try:
+            yield
+        finally:
+            self.recorder = None
 
     def _bind(self, op: str, arguments: type[ctypes.Structure]) -> Callable[..., None]:
         size = getattr(self._library, f"truekv_{op}_size_{self.isa}")()
