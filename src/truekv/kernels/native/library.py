@@ -13,7 +13,7 @@ from truekv.core.folder import choose
 from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
 NAME: Final = "libtruekv_native.so"
 
@@ -45,7 +45,7 @@ class Library:
             self.recorder(functools.partial(function, pointer))
 
     @contextmanager
-    def using(self, isa: str) -> Iterator[None]:
+    def using(self, isa: str) -> Generator[None]:
         """Run another instruction set's kernels inside the block."""
         before = self.isa
         self.isa = choose("instruction set", isa, dict(zip(self.isas, self.isas, strict=True)))
@@ -55,7 +55,7 @@ class Library:
             self.isa = before
 
     @contextmanager
-    def recorded(self, recorder: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    def recorded(self, recorder: Callable[[Callable[[], None]], None]) -> Generator[None]:
         """Tell `recorder` of every call inside the block."""
         self.recorder = recorder
         try:
