@@ -53,7 +53,7 @@ def matrix(dim: int) -> torch.Tensor:
 
 
 def parts(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return signs float64 [D] and P float64 [P, P]: H = (P kron S) diag(signs) / sqrt(D), S Sylvester's of order D / P."""
+    """Return signs float64 [D] and Paley's matrix float64 [P, P]; see core.protocols.RowFrame.rotation."""
     paley = torch.tensor(_paley(_factors(dim)[0]), dtype=torch.float64)
     return torch.tensor(signs(dim), dtype=torch.float64), paley
 

@@ -1,4 +1,4 @@
-"""Fields of one layer filled with random rows: sequences of any lengths, pages in random order, NaN where nobody wrote."""
+"""Fields of one layer full of random rows: sequences of any lengths, pages in any order, NaN where nobody wrote."""
 
 from __future__ import annotations
 
@@ -95,13 +95,16 @@ def fill(
     pages = torch.full((len(lengths), max(widths)), int(order[-1]))
     for row, width in enumerate(widths):
         pages[row, :width] = order[sum(widths[:row]) :][:width]
-    size = PAGE * sum(item.heads * sum(chosen.planes(item.dim)) for item, chosen in zip(layer.fields, formats, strict=True))
+    size = PAGE * sum(
+        item.heads * sum(chosen.planes(item.dim)) for item, chosen in zip(layer.fields, formats, strict=True)
+    )
     data = torch.full((len(order), size), 0xFF, dtype=torch.uint8)
     fields: list[Stored] = []
     start = 0
     for item, chosen in zip(layer.fields, formats, strict=True):
         frame = Frame(
-            2 * torch.randn(item.heads, item.dim, generator=make), 0.5 + torch.rand(item.heads, item.dim, generator=make)
+            2 * torch.randn(item.heads, item.dim, generator=make),
+            0.5 + torch.rand(item.heads, item.dim, generator=make),
         )
         stored = Stored(item, chosen, frame_for(chosen, frame if measured else None), data, start, PAGE)
         fields.append(stored)

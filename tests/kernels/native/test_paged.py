@@ -145,7 +145,11 @@ def test_a_row_does_not_depend_on_its_chunk_or_its_companions(kind: str, group: 
     assert torch.isfinite(together).all()
     first = 0
     for sequence, length in enumerate(cache.lengths):
-        for end, count in ((length, 1), (length, min(7, length)), (length - length // 3, min(40, length - length // 3))):
+        for end, count in (
+            (length, 1),
+            (length, min(7, length)),
+            (length - length // 3, min(40, length - length // 3)),
+        ):
             lengths = list(cache.lengths)
             lengths[sequence] = end
             alone = cache.shortened(lengths).step([count], [sequence])

@@ -26,17 +26,15 @@ if TYPE_CHECKING:
 
 LIBRARY = library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native library was built")
-every_isa = pytest.mark.parametrize("isa", LIBRARY.isas if LIBRARY else ())
 
 
-@pytest.fixture(autouse=True)
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    isa = request.node.callspec.params.get("isa") if hasattr(request.node, "callspec") else None
-    if isa is None:
+@pytest.fixture(params=LIBRARY.isas if LIBRARY else ())
+def _every_isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with LIBRARY.using(request.param):
         yield
-        return
-    with LIBRARY.using(isa):
-        yield
+
+
+every_isa = pytest.mark.usefixtures("_every_isa")
 
 
 def place(name: str, dim: int, heads: int, tokens: int, *, measured: bool = False) -> tuple[Stored, Stored]:
@@ -69,7 +67,7 @@ def store_both(fields: tuple[Stored, Stored], rows: torch.Tensor) -> None:
 
 @every_isa
 @pytest.mark.parametrize("name", sorted(codecs()))
-def test_bytes_equal_those_of_the_reference(name: str, isa: str) -> None:
+def test_bytes_equal_those_of_the_reference(name: str) -> None:
     for dim in (16, 64, 80, 96, 128, 192, 256, 512):
         heads = 2
         rows = torch.cat([rows[:4] for _, rows in hard_rows(dim)])

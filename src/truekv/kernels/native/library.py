@@ -13,7 +13,7 @@ from truekv.core.folder import choose
 from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
 NAME: Final = "libtruekv_native.so"
 
@@ -46,7 +46,7 @@ class Library:
             self.recorder(functools.partial(function, pointer))
 
     @contextmanager
-    def using(self, isa: str) -> Iterator[None]:
+    def using(self, isa: str) -> Generator[None]:
         """Run another instruction set's kernels inside the block."""
         before = self.isa
         self.isa = choose("instruction set", isa, dict(zip(self.isas, self.isas, strict=True)))
@@ -56,7 +56,7 @@ class Library:
             self.isa = before
 
     @contextmanager
-    def recorded(self, recorder: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    def recorded(self, recorder: Callable[[Callable[[], None]], None]) -> Generator[None]:
         """Tell `recorder` of every call inside the block."""
         self.recorder = recorder
         try:

@@ -76,7 +76,9 @@ def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
         return reason
     scored = [item.role for item in layer.fields if item.role != "value"]
     if len(scored) > 2 or "both" in scored[1:]:
-        return f"the native attend scores one or two fields, a latent first, not {len(scored)}; use the reference backend"
+        return (
+            f"the native attend scores one or two fields, a latent first, not {len(scored)}; use the reference backend"
+        )
     return None
 
 
