@@ -140,9 +140,13 @@ def select(
                 )
             sizes = " ".join(f"{name}={size}" for name, size in layer.sizes)
             rows[f"scan {layer.rule} {sizes}".strip()] = scans[layer.rule][0]
-    return Kernels(
-        chosen, paged, MappingProxyType({rule: kernel for rule, (_, kernel) in scans.items()}), tuple(rows.items())
-    )
+    kernels = MappingProxyType({rule: kernel for rule, (_, kernel) in scans.items()})
+    return Kernels(chosen, paged, kernels, _ops(chosen), tuple(rows.items()))
+
+
+def fastest_ops() -> Ops:
+    """Return the operations of the fastest backend that is there, for a pass that stores rows as they are."""
+    return _ops(NATIVE if library() else REFERENCE)
 
 
 def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]]) -> str:
@@ -162,6 +166,10 @@ def _say_slow(reason: str) -> None:
 
 def _paged(backend: str) -> PagedKernels:
     return cast("PagedKernels", importlib.import_module(f"{__package__}.{backend}.paged"))
+
+
+def _ops(backend: str) -> Ops:
+    return cast("Ops", importlib.import_module(f"{__package__}.{backend}.ops").OPS)
 
 
 def _scans(backend: str) -> dict[str, ScanKernel]:
