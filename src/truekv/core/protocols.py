@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from truekv.core.config import Config
     from truekv.core.lazy import torch
     from truekv.core.spec import Field, ModelSpec, Recurrent
+    from truekv.core.weights import Weights
 
 
 @runtime_checkable
@@ -151,8 +152,8 @@ class Architecture(Protocol):
         """Regular expressions (full match) of tensors a checkpoint may hold and text inference does not use."""
         ...
 
-    def build(self, weights: Mapping[str, torch.Tensor]) -> Model:
-        """Compose the model; `weights` holds exactly `tensors`, in the compute dtype."""
+    def build(self, weights: Weights) -> Model:
+        """Compose the model; `weights` holds exactly `tensors`, in the compute dtype, and the operations on them."""
         ...
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
+    from truekv.core.ops import Ops
     from truekv.core.protocols import CacheFormat, ScanKernel, Stored
     from truekv.core.spec import LayerSpec, ModelSpec
 
@@ -55,6 +56,7 @@ class Kernels:
     backend: str
     paged: PagedKernels
     scans: Mapping[str, ScanKernel]
+    ops: Ops
     rows: tuple[tuple[str, str], ...]
     calls: Counter[str] = field(default_factory=Counter[str], compare=False)
 
@@ -104,13 +106,14 @@ def select(
     package = f"{__package__}.{choose('kernel backend', backend, _backends())}"
     paged = cast("PagedKernels", importlib.import_module(f"{package}.paged"))
     scans = cast("dict[str, ScanKernel]", members(package, "SCAN"))
+    ops = cast("Ops", importlib.import_module(f"{package}.ops").OPS)
     rows: dict[str, str] = {}
     draft_layers = spec.draft_layers if draft_formats else ()
     for layers, chosen in ((spec.layers, formats), (draft_layers, draft_formats)):
         for index, (layer, names) in enumerate(zip(layers, chosen, strict=True)):
             for operation in _operations(layer, names or (), paged, scans, f"layer {index} of {spec.family}", backend):
                 rows[operation] = backend
-    return Kernels(backend, paged, MappingProxyType(scans), tuple(rows.items()))
+    return Kernels(backend, paged, MappingProxyType(scans), ops, tuple(rows.items()))
 
 
 def _operations(

@@ -95,7 +95,7 @@ def build(blueprint: Blueprint) -> Engine:
     from truekv.memory.arena import Arena
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
-    model = checkpoint.load(blueprint.dtype)
+    model = checkpoint.load(blueprint.dtype, blueprint.kernels.ops)
     arena = Arena(model.spec, plan, blueprint.kernels, blueprint.frames, poison=options.debug_poison)
     schedule = Schedule(
         pages=plan.pages,

@@ -62,6 +62,16 @@ class Library:
         return function
 
 
+def loaded() -> Library:
+    """Return the library, or refuse where none was built."""
+    found = library()
+    if found is None:
+        raise Refused(
+            "the native library is not built; install truekv with a C++ compiler or use the reference backend"
+        )
+    return found
+
+
 @functools.cache
 def library() -> Library | None:
     """Return the library, or None where none was built."""
