@@ -201,23 +201,27 @@ void linear(const Linear& a) {
     }
 }
 
+// A line of a panel is four bytes per output: one float or one pair, the pair's missing half zero. Sixteen lines are
+// gathered at a time: every weight comes from memory in whole cache lines, whatever the distance of its rows.
 template <class T>
 void pack(const Pack& a) {
-  constexpr int64_t step = Step<T>::inputs;
+  constexpr int64_t step = Step<T>::inputs, inputs = 16 * step;
   const int64_t depth = depth_of<T>(a.in), last = a.first + a.out_features;
-  // What lies beyond the packed matrix's outputs, and an odd input's partner, is zero.
+  // What fills the packed matrix up to whole vectors is zero.
   const int64_t end = last == a.packed_out ? up(last, LANES) : last;
 #pragma omp parallel for schedule(static)
   for (int64_t panel = a.first / PANEL; panel < (end + PANEL - 1) / PANEL; panel++) {
-    const int64_t width = width_of(panel, a.packed_out);
-    const int64_t from = panel * PANEL > a.first ? panel * PANEL : a.first;
-    const int64_t to = panel * PANEL + width < end ? panel * PANEL + width : end;
-    T* packed = (T*)a.packed + panel * PANEL * depth;
-    for (int64_t i = 0; i < depth; i += step)
-      for (int64_t n = from; n < to; n++)
-        for (int64_t j = 0; j < step; j++)
-          packed[i * width + (n - panel * PANEL) * step + j] =
-              n < last && i + j < a.in ? ((const T*)a.weight)[(n - a.first) * a.row_stride + i + j] : (T)0;
+    const int64_t begin = panel * PANEL, width = width_of(panel, a.packed_out);
+    const int64_t from = begin > a.first ? begin : a.first, to = begin + width < end ? begin + width : end;
+    uint32_t* line = (uint32_t*)((T*)a.packed + begin * depth) - begin;
+    for (int64_t i = 0; i < a.in; i += inputs) {
+      uint32_t words[PANEL][16] = {};
+      const int64_t count = a.in - i < inputs ? a.in - i : inputs;
+      for (int64_t n = from; n < to && n < last; n++)
+        memcpy(words[n - from], (const T*)a.weight + (n - a.first) * a.row_stride + i, count * sizeof(T));
+      for (int64_t k = 0; k * step < count; k++, line += width)
+        for (int64_t n = from; n < to; n++) line[n] = words[n - from][k];
+    }
   }
 }
 

@@ -21,21 +21,22 @@ DENSE_EXPERTS: Final = 16
 
 
 class ReferenceMatrix:
-    """y = x W^T + b with torch's own product."""
+    """y = x W^T + b with torch's own product, part by part."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """`weight` is [out, in] and `bias` [out]."""
-        self.weight = weight
-        self.bias = bias
+    def __init__(self, parts: Seq[Part]) -> None:
+        """Keep the parts as they are."""
+        self.parts = parts
 
     def __call__(self, x: torch.Tensor, *, widened: bool = False) -> torch.Tensor:
         """Map [T, in] to [T, out]; what is widened was rounded to the weight's dtype before."""
-        out = torch.nn.functional.linear(x, self.weight, self.bias)
+        outs = [torch.nn.functional.linear(x, part.weight, part.bias) for part in self.parts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
         return out.float() if widened else out
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return rows of the weight."""
-        return torch.nn.functional.embedding(indices, self.weight)
+        """Return rows of the only part's weight."""
+        (part,) = self.parts
+        return torch.nn.functional.embedding(indices, part.weight)
 
 
 class ReferenceHeads:
@@ -109,12 +110,8 @@ class ReferenceOps:
     """Every operation of core/ops.py, in torch."""
 
     def matrix(self, parts: Seq[Part]) -> ReferenceMatrix:
-        """Stack the parts; a single one is kept as it is."""
-        if len(parts) == 1:
-            return ReferenceMatrix(*parts[0])
-        biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
-        bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
-        return ReferenceMatrix(torch.cat([part.weight for part in parts]), bias)
+        """Keep the parts."""
+        return ReferenceMatrix(parts)
 
     def head_matrices(self, weight_HOI: torch.Tensor) -> ReferenceHeads:
         """Make one map per head."""
