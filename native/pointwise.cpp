@@ -103,6 +103,14 @@ struct Combine {
   int32_t bf16;
 };
 
+struct Finite {
+  const void* x;        // [rows, dim]
+  const int64_t* rows;  // [count] rows of x, or null for the first `count`
+  int32_t* finite;      // one answer
+  int64_t count, dim, x_row;
+  int32_t bf16;
+};
+
 namespace ISA {
 namespace {
 
@@ -372,6 +380,26 @@ void combine(const Combine& a) {
     }
 }
 
+// Blocks of a row are looked at side by side: a decoding step has one row of a million numbers.
+template <class T>
+void finite(const Finite& a) {
+  constexpr int64_t block = 1 << 14;
+  const int64_t blocks = (a.dim + block - 1) / block;
+  int bad = 0;
+#pragma omp parallel for collapse(2) schedule(static) reduction(| : bad) if (a.count * a.dim > ALONE)
+  for (int64_t row = 0; row < a.count; row++)
+    for (int64_t b = 0; b < blocks; b++) {
+      const T* x = (const T*)a.x + (a.rows ? a.rows[row] : row) * a.x_row;
+      const int64_t end = (b + 1) * block < a.dim ? (b + 1) * block : a.dim;
+      // Infinity and NaN are what has all bits of the exponent.
+      I32 found = {};
+      for (int64_t i = b * block; i < end; i += LANES)
+        found |= ((I32)read(x + i, end - i) & 0x7F800000) == 0x7F800000;
+      for (int lane = 0; lane < LANES; lane++) bad |= found[lane];
+    }
+  *a.finite = !bad;
+}
+
 }  // namespace
 }  // namespace ISA
 
@@ -419,4 +447,9 @@ EXPORT(arrange, Arrange) { ISA::arrange(*arguments); }
 EXPORT(combine, Combine) {
   if (arguments->bf16) ISA::combine<uint16_t>(*arguments);
   else ISA::combine<float>(*arguments);
+}
+
+EXPORT(finite, Finite) {
+  if (arguments->bf16) ISA::finite<uint16_t>(*arguments);
+  else ISA::finite<float>(*arguments);
 }

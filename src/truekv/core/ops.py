@@ -146,3 +146,7 @@ class Ops(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose experts by float32 logits [T, E]: their weights, float32 [T, K], and indices, int64 [T, K]."""
         ...
+
+    def finite(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
+        """Whether every number of x [T, ...], or of its rows of int64 indices [N], is finite."""
+        ...

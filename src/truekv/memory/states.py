@@ -84,11 +84,13 @@ class StateLayer:
         """
         if self.check_finite:
             self._check_slots(step)
-            self._check_finite("the input", inputs)
+            for name, tensor in inputs.items():
+                self._check_finite("the input", name, tensor)
         out = self.kernels.scan(self.layer, inputs, weights, self.state, self.log, step)
         self.folded[step.slot] = step.position + step.certain
         if self.check_finite:
-            self._check_finite("the state", {name: slab[step.slot] for name, slab in self.state.items()})
+            for name, slab in self.state.items():
+                self._check_finite("the state", name, slab, step.slot)
         return out
 
     def open(self, slot: int) -> None:
@@ -122,10 +124,9 @@ class StateLayer:
                 f"expects {int(expected[row])}; the sequence must be closed and computed again"
             )
 
-    def _check_finite(self, what: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise Corrupted(
-                    f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
-                    "check the weights and the compute dtype"
-                )
+    def _check_finite(self, what: str, name: str, tensor: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        if not self.kernels.ops.finite(tensor, rows):
+            raise Corrupted(
+                f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
+                "check the weights and the compute dtype"
+            )

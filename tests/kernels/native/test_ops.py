@@ -299,3 +299,19 @@ def test_of_equal_experts_the_first_are_chosen(score: Literal["softmax", "sigmoi
 def test_too_many_experts_are_refused() -> None:
     with pytest.raises(Refused, match="4096"):
         NATIVE.route(torch.zeros(1, 5000), None, Routing(5000, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_isa
+def test_finite_sees_every_number_of_the_rows_and_no_other(dtype: torch.dtype) -> None:
+    x = random(4, 3, 11000, dtype=dtype)
+    x[0, 0, 0], x[1, 0, 0] = 3e38, -1e-40
+    assert NATIVE.finite(x)
+    for place, value in ((0, torch.nan), (16383, torch.inf), (32999, -torch.inf), (16384, torch.nan)):
+        spoilt = x.clone()
+        spoilt[2].view(-1)[place] = value
+        assert not NATIVE.finite(spoilt)
+        assert not NATIVE.finite(spoilt, torch.tensor([0, 2]))
+        assert NATIVE.finite(spoilt, torch.tensor([3, 0, 1]))
+    assert NATIVE.finite(poisoned(x[:, 0]))
+    assert NATIVE.finite(x[:0])

@@ -98,3 +98,9 @@ class Combine(ctypes.Structure):
     """Of `combine` in native/pointwise.cpp."""
 
     _fields_ = _members("rows places weights out", "tokens per_token dim", ints="bf16")
+
+
+class Finite(ctypes.Structure):
+    """Of `finite` in native/pointwise.cpp."""
+
+    _fields_ = _members("x rows finite", "count dim x_row", ints="bf16")

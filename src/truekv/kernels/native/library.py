@@ -24,6 +24,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         """Load it; torch comes first, so that both share one OpenMP runtime and its threads."""
         torch.get_num_threads()
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         machine = self._library.truekv_machine
         machine.restype = ctypes.c_char_p
@@ -62,16 +63,6 @@ class Library:
         return function
 
 
-def loaded() -> Library:
-    """Return the library, or refuse where none was built."""
-    found = library()
-    if found is None:
-        raise Refused(
-            "the native library is not built; install truekv with a C++ compiler or use the reference backend"
-        )
-    return found
-
-
 @functools.cache
 def library() -> Library | None:
     """Return the library, or None where none was built."""
@@ -82,3 +73,10 @@ def library() -> Library | None:
         if (path := Path(folder) / NAME).is_file():
             return Library(path)
     return None
+
+
+def run(op: str, arguments: ctypes.Structure) -> None:
+    """Run an operation of the library, which must be there: the backend is chosen only where it is."""
+    native = library()
+    assert native is not None
+    native.call(op, arguments)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
 from truekv.kernels.native import arguments as native
-from truekv.kernels.native.library import loaded
+from truekv.kernels.native.library import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,7 +50,7 @@ class Packed:
         for part in parts:
             weight = dense(part)
             at = self.data[index].data_ptr()
-            loaded().call(
+            run(
                 "pack",
                 native.Pack(weight.data_ptr(), at, self.into, len(part), weight.stride(0), first, self.out, self.bf16),
             )
@@ -78,7 +79,7 @@ class NativeMatrix:
         assert x.shape[1] == packed.into
         rows, out_bf16 = len(x), packed.bf16 and not widened
         out = torch.empty(rows, packed.out, dtype=torch.bfloat16 if out_bf16 else torch.float32)
-        loaded().call(
+        run(
             "linear",
             native.Linear(
                 x.data_ptr(),
@@ -102,7 +103,7 @@ class NativeMatrix:
         packed, indices = self.packed, indices.contiguous()
         assert not len(indices) or 0 <= int(indices.min()) <= int(indices.max()) < packed.out
         out = torch.empty(len(indices), packed.into, dtype=packed.data.dtype)
-        loaded().call(
+        run(
             "rows",
             native.Rows(
                 packed.data.data_ptr(),
@@ -133,7 +134,7 @@ class NativeHeads:
         assert x_THI.dtype == packed.data.dtype
         tokens, heads = x_THI.shape[:2]
         out_THO = torch.empty(tokens, heads, packed.out, dtype=x_THI.dtype)
-        loaded().call(
+        run(
             "linear",
             native.Linear(
                 x_THI.data_ptr(),
@@ -182,12 +183,12 @@ class NativeExperts:
         starts, sources, places = torch.split(places, [experts + 1, tokens * per_token, tokens * per_token])
         chosen_TK, weights_TK, x_TC = chosen_TK.contiguous(), weights_TK.contiguous(), dense(x_TC)
         pointers = (starts.data_ptr(), sources.data_ptr(), places.data_ptr())
-        loaded().call("arrange", native.Arrange(chosen_TK.data_ptr(), *pointers, tokens, per_token, experts))
+        run("arrange", native.Arrange(chosen_TK.data_ptr(), *pointers, tokens, per_token, experts))
         inner = self._run(self.first, x_TC, starts, sources, tokens * per_token, widened=False)
         inner = activate(inner, self.activation)
         rows = self._run(self.down, inner, starts, None, tokens * per_token, widened=True)
         out_TC = torch.empty(tokens, self.down.out, dtype=x_TC.dtype)
-        loaded().call(
+        run(
             "combine",
             native.Combine(
                 rows.data_ptr(),
@@ -210,7 +211,7 @@ class NativeExperts:
         assert x.dtype == packed.data.dtype
         out_bf16 = packed.bf16 and not widened
         out = torch.empty(rows, packed.out, dtype=torch.bfloat16 if out_bf16 else torch.float32)
-        loaded().call(
+        run(
             "linear",
             native.Linear(
                 x.data_ptr(),
@@ -238,9 +239,7 @@ def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     relu2 = activation == "relu2"
     dim = x.shape[1] if relu2 else x.shape[1] // 2
     out = torch.empty(len(x), dim, dtype=x.dtype)
-    loaded().call(
-        "activate", native.Activate(x.data_ptr(), out.data_ptr(), len(x), dim, x.stride(0), relu2, is_bf16(x))
-    )
+    run("activate", native.Activate(x.data_ptr(), out.data_ptr(), len(x), dim, x.stride(0), relu2, is_bf16(x)))
     return out
 
 
@@ -268,7 +267,7 @@ class NativeOps:
         arguments = native.RmsNorm(
             x.data_ptr(), gain_at, out.data_ptr(), outer, inner, dim, x.stride(0), x.stride(-2), eps, is_bf16(x)
         )
-        loaded().call("rms_norm", arguments)
+        run("rms_norm", arguments)
         return out
 
     def gated_norm(
@@ -279,7 +278,7 @@ class NativeOps:
         x, gate = x.contiguous(), dense(gate)
         outer, inner, dim = x.shape
         out = torch.empty(outer, inner * dim, dtype=gate.dtype)
-        loaded().call(
+        run(
             "gated_norm",
             native.GatedNorm(
                 x.data_ptr(),
@@ -307,7 +306,7 @@ class NativeOps:
         x, by = dense(x), dense(by)
         outer, inner, dim = x.shape
         out = torch.empty(outer, inner, dim, dtype=by.dtype)
-        loaded().call(
+        run(
             "gate",
             native.Gate(
                 x.data_ptr(),
@@ -340,9 +339,7 @@ class NativeOps:
         out = torch.empty(x.shape, dtype=torch.float32)
         rows, dim = x.shape
         bias_at = None if bias is None else bias.data_ptr()
-        loaded().call(
-            "squash", native.Squash(x.data_ptr(), bias_at, out.data_ptr(), rows, dim, x.stride(0), is_bf16(x))
-        )
+        run("squash", native.Squash(x.data_ptr(), bias_at, out.data_ptr(), rows, dim, x.stride(0), is_bf16(x)))
         return out
 
     def angles(
@@ -352,7 +349,7 @@ class NativeOps:
         positions = positions.to(torch.int64).contiguous()
         out = torch.empty(2, len(positions), len(frequencies))
         pointers = (positions.data_ptr(), frequencies.data_ptr(), out[0].data_ptr(), out[1].data_ptr())
-        loaded().call("angles", native.Angles(*pointers, len(positions), len(frequencies), amplitude))
+        run("angles", native.Angles(*pointers, len(positions), len(frequencies), amplitude))
         return out[0], out[1]
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
@@ -360,7 +357,7 @@ class NativeOps:
         x = dense(x)
         outer, inner, dim = x.shape
         out = torch.empty(outer, inner, dim, dtype=x.dtype)
-        loaded().call(
+        run(
             "rotate",
             native.Rotate(
                 x.data_ptr(),
@@ -391,7 +388,7 @@ class NativeOps:
             )
         weights_TK = torch.empty(tokens, routing.per_token)
         chosen_TK = torch.empty(tokens, routing.per_token, dtype=torch.int64)
-        loaded().call(
+        run(
             "route",
             native.Route(
                 logits.data_ptr(),
@@ -409,6 +406,25 @@ class NativeOps:
             ),
         )
         return weights_TK, chosen_TK
+
+    def finite(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
+        """Whether every number is finite."""
+        x = dense(x.flatten(1))
+        answer = ctypes.c_int32()
+        rows = None if rows is None else rows.contiguous()
+        run(
+            "finite",
+            native.Finite(
+                x.data_ptr(),
+                None if rows is None else rows.data_ptr(),
+                ctypes.addressof(answer),
+                len(x) if rows is None else len(rows),
+                x.shape[1],
+                x.stride(0),
+                is_bf16(x),
+            ),
+        )
+        return bool(answer.value)
 
 
 OPS: Final[Ops] = NativeOps()

@@ -187,6 +187,10 @@ class ReferenceOps:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return weights_TK * routing.scale, chosen_TK
 
+    def finite(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
+        """Whether every number is finite."""
+        return bool(torch.isfinite(x if rows is None else x[rows]).all())
+
 
 def limited(choice_TE: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Bar every expert outside the best groups."""
