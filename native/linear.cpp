@@ -213,14 +213,14 @@ void pack(const Pack& a) {
   for (int64_t panel = a.first / PANEL; panel < (end + PANEL - 1) / PANEL; panel++) {
     const int64_t begin = panel * PANEL, width = width_of(panel, a.packed_out);
     const int64_t from = begin > a.first ? begin : a.first, to = begin + width < end ? begin + width : end;
-    uint32_t* line = (uint32_t*)((T*)a.packed + begin * depth) - begin;
+    uint32_t* line = (uint32_t*)((T*)a.packed + begin * depth);
     for (int64_t i = 0; i < a.in; i += inputs) {
       uint32_t words[PANEL][16] = {};
       const int64_t count = a.in - i < inputs ? a.in - i : inputs;
       for (int64_t n = from; n < to && n < last; n++)
         memcpy(words[n - from], (const T*)a.weight + (n - a.first) * a.row_stride + i, count * sizeof(T));
       for (int64_t k = 0; k * step < count; k++, line += width)
-        for (int64_t n = from; n < to; n++) line[n] = words[n - from][k];
+        for (int64_t n = from; n < to; n++) line[n - begin] = words[n - from][k];
     }
   }
 }
