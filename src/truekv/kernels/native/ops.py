@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.errors import Refused
@@ -99,9 +98,8 @@ class NativeMatrix:
         return out
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return rows of the weight."""
+        """Return rows of the weight; NaN for an index that has none, so that nothing is read on the host."""
         packed, indices = self.packed, indices.contiguous()
-        assert not len(indices) or 0 <= int(indices.min()) <= int(indices.max()) < packed.out
         out = torch.empty(len(indices), packed.into, dtype=packed.data.dtype)
         run(
             "rows",
@@ -410,21 +408,21 @@ class NativeOps:
     def finite(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
         """Whether every number is finite."""
         x = dense(x.flatten(1))
-        answer = ctypes.c_int32()
+        answer = torch.empty(1, dtype=torch.int32)
         rows = None if rows is None else rows.contiguous()
         run(
             "finite",
             native.Finite(
                 x.data_ptr(),
                 None if rows is None else rows.data_ptr(),
-                ctypes.addressof(answer),
+                answer.data_ptr(),
                 len(x) if rows is None else len(rows),
                 x.shape[1],
                 x.stride(0),
                 is_bf16(x),
             ),
         )
-        return bool(answer.value)
+        return bool(answer)
 
 
 OPS: Final[Ops] = NativeOps()
