@@ -9,8 +9,8 @@ import torch
 from truekv.core.errors import Refused
 from truekv.core.ops import Expert, Part, Routing
 from truekv.kernels.native.library import Library, library
+from truekv.kernels.native.linear import Packed
 from truekv.kernels.native.ops import OPS as NATIVE
-from truekv.kernels.native.ops import Packed
 from truekv.kernels.reference.ops import OPS as REFERENCE
 
 ISAS = () if library() is None else library().isas  # type: ignore[union-attr]
