@@ -9,8 +9,8 @@ import torch
 from truekv.core.errors import Refused
 from truekv.core.ops import Expert, Part, Routing
 from truekv.kernels.native.library import Library, library
+from truekv.kernels.native.linear import Packed
 from truekv.kernels.native.ops import OPS as NATIVE
-from truekv.kernels.native.ops import Packed
 from truekv.kernels.reference.ops import OPS as REFERENCE
 
 ISAS = () if library() is None else library().isas  # type: ignore[union-attr]
@@ -121,6 +121,9 @@ def test_packing_keeps_every_weight_and_fills_up_with_zeros(out: int, into: int,
     matrix = NATIVE.matrix([Part(weight)])
     indices = torch.randint(out, (50,), generator=torch.Generator().manual_seed(0))
     assert torch.equal(matrix.rows(indices), weight[indices])
+    beyond = matrix.rows(torch.tensor([0, -1, out, 1 << 40]))
+    assert torch.equal(beyond.isnan().any(1), torch.tensor([False, True, True, True]))
+    assert torch.equal(beyond.isnan().all(1), torch.tensor([False, True, True, True]))
     packed = Packed(1, out, into, dtype)
     packed.data.fill_(torch.nan)
     packed.put(0, [weight])

@@ -91,7 +91,7 @@ class GQA:
         # Heads of D numbers side by side: queries (a gated one takes two places), then keys, then values.
         heads_THD = self.inputs(x_TC).view(len(x_TC), -1, dim)
         queries = shape.heads * (2 if shape.gated else 1)
-        q_THD, k_TKD, v_TKD = torch.split(heads_THD, [queries, shape.kv_heads, shape.kv_heads], 1)
+        q_THD, k_TKD, v_TKD = torch.split_with_sizes(heads_THD, [queries, shape.kv_heads, shape.kv_heads], 1)
         gate_THD = q_THD[:, 1::2] if shape.gated else None
         q_THD = q_THD[:, ::2] if shape.gated else q_THD
         if self.norms is not None:

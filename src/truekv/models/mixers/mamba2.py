@@ -124,7 +124,9 @@ class Mamba2:
         """Map [T, C] to [T, C]; a recurrence needs no rotary positions."""
         del angles
         shape = self.shape
-        gate_TI, conv_TD, dt_TH = torch.split(self.into(x_TC), [shape.inner, shape.channels, shape.heads], -1)
+        gate_TI, conv_TD, dt_TH = torch.split_with_sizes(
+            self.into(x_TC), [shape.inner, shape.channels, shape.heads], -1
+        )
         dt_TH = self.ops.softplus(dt_TH, self.dt_bias).clamp(*shape.limits)
         y_THP = cast("StateMemory", memory).scan({"conv": conv_TD, "dt": dt_TH}, self.scan, step)
         # Each of G groups of channels has its own rms, whatever heads it takes from.

@@ -139,8 +139,8 @@ class Mla:
         assert angles is not None, "latent attention always has rotary positions"
         shape = self.shape
         query_THD = self.queries(x_TC).view(len(x_TC), shape.heads, -1)
-        content_THN, rotary_THR = torch.split(query_THD, [shape.content, shape.rotary], -1)
-        latent_TL, key_TR = torch.split(self.compress(x_TC), [shape.latent, shape.rotary], -1)
+        content_THN, rotary_THR = torch.split_with_sizes(query_THD, [shape.content, shape.rotary], -1)
+        latent_TL, key_TR = torch.split_with_sizes(self.compress(x_TC), [shape.latent, shape.rotary], -1)
         latent_T1L = self.ops.rms_norm(latent_TL, None, LATENT_EPS)[:, None]
         read_THL = cast("PagedMemory", memory).attend(
             (self.key(content_THN), angles.rotate(rotary_THR)),
