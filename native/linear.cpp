@@ -231,15 +231,21 @@ void pack(const Pack& a) {
   }
 }
 
+template <class T> INLINE T nan_of();
+template <> INLINE float nan_of() { return NAN; }
+template <> INLINE uint16_t nan_of() { return 0x7FC0; }
+
+// An index without a row gives NaN, which no step lets pass.
 template <class T>
 void rows(const Rows& a) {
   constexpr int64_t step = Step<T>::inputs;
 #pragma omp parallel for schedule(static) if (a.rows > 16)
   for (int64_t row = 0; row < a.rows; row++) {
     const int64_t n = a.indices[row], panel = n / PANEL, width = width_of(panel, a.out_features);
+    const bool there = n >= 0 && n < a.out_features;
     const T* packed = (const T*)a.packed + panel * PANEL * depth_of<T>(a.in) + (n - panel * PANEL) * step;
     T* out = (T*)a.out + row * a.in;
-    for (int64_t i = 0; i < a.in; i++) out[i] = packed[i / step * step * width + i % step];
+    for (int64_t i = 0; i < a.in; i++) out[i] = there ? packed[i / step * step * width + i % step] : nan_of<T>();
   }
 }
 

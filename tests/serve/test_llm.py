@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from truekv import LLM, EngineOptions, Refused, SamplingParams
-from truekv.kernels.native.library import library
 from truekv.serve.llm import EngineKeywords, Result
 from truekv.serve.template import _WORKER
 
