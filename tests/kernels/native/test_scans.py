@@ -11,7 +11,6 @@ import pytest
 import torch
 from memory.toys import Toy, gdn, make_arena, mamba2, random_tokens, states
 
-import truekv.kernels.table
 from truekv.core.batch import Chunk, Step
 from truekv.core.errors import Refused
 from truekv.core.folder import members
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from truekv.core.protocols import ScanKernel
     from truekv.core.spec import Recurrent
-    from truekv.kernels.table import Kernels
 
 LIBRARY = native.library()
 ISAS = () if LIBRARY is None else LIBRARY.isas
@@ -202,23 +200,12 @@ def test_the_number_of_threads_changes_nothing_bitwise(layer: Recurrent, isa: st
         torch.set_num_threads(before)
 
 
-@pytest.fixture
-def native_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arenas of the toys run the native rules."""
-
-    def select(*arguments: object) -> Kernels:
-        chosen = truekv.kernels.table.select(*arguments)  # type: ignore[arg-type] (whatever the toys pass)
-        return dataclasses.replace(chosen, scans=NATIVE)
-
-    monkeypatch.setattr("memory.toys.select", select)
-
-
-@pytest.mark.usefixtures("native_arenas")
 @pytest.mark.parametrize("layer", SMALL, ids=name_of)
 @pytest.mark.parametrize("drafts", [0, 1, 3])
 def test_chunks_drafts_and_companions_change_nothing_bitwise(layer: Recurrent, drafts: int, isa: str) -> None:
     """Chunks shorter than the convolution and longer than a run, among companions, under poison."""
     toy, arena = Toy((layer,)), make_arena((layer,), drafts=drafts)
+    assert arena.kernels.backend == "native"
     sequence, companion = arena.open(), arena.open()
     tokens = random_tokens(120)
     for turn, count in enumerate((1, 1, 2, 33, 1, 5, 40, 1)):
