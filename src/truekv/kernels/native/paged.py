@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
 from truekv.kernels.native import stored as layout
-from truekv.kernels.native.library import library
+from truekv.kernels.native.library import run
 from truekv.kernels.native.stored import StoredField, as_structure
 from truekv.kernels.reference import paged as reference
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
     from truekv.core.protocols import CacheFormat, Stored
     from truekv.core.spec import Paged
-    from truekv.kernels.native.library import Library
 
 KEYS = 32
 """Keys of one block, which must not straddle pages: KEYS of native/attention.cpp."""
@@ -100,7 +99,7 @@ def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
         broken=broken.data_ptr(),
         bf16=bf16,
     )
-    _library().call("store", arguments)
+    run("store", arguments)
     if count := int(broken):
         raise Corrupted(
             f"{count} of {rows.shape[0] * rows.shape[1]} cache rows hold NaN or infinity before encoding; "
@@ -145,7 +144,7 @@ def attend(
         latent=value is scored[0],
         bf16=bf16,
     )
-    _library().call("attend", arguments)
+    run("attend", arguments)
     return out.to(queries[0].dtype)
 
 
@@ -156,9 +155,3 @@ def _readable(rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     return rows, rows.dtype == torch.bfloat16
-
-
-def _library() -> Library:
-    found = library()
-    assert found is not None, "the native backend is chosen only where the library was found"
-    return found
