@@ -36,7 +36,7 @@ class RawRead:
 
     def __init__(self, size: int = 1 << 29) -> None:
         """Allocate and write `size` bytes."""
-        self._library = _native()
+        self._library = native()
         self._buffer = torch.ones(size // 8, dtype=torch.int64)
         self.best: dict[int, float] = {}
         """Gigabytes (10^9) per second, by number of threads."""
@@ -57,7 +57,7 @@ class RawRead:
 
 def describe(threads: int) -> dict[str, str]:
     """Return what a reader needs to judge the numbers: processor, memory, versions and the day."""
-    library = _native()
+    library = native()
     return {
         "processor": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": f"{os.cpu_count()}, of which {threads} were used",
@@ -78,7 +78,8 @@ def _first(path: str, key: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
 
 
-def _native() -> Library:
+def native() -> Library:
+    """Return the native library; Refused where there is none, because the reference is not worth a table."""
     from truekv.kernels.native.library import library
 
     found = library()
