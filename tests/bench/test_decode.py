@@ -110,7 +110,7 @@ def test_truekv_and_transformers_run_in_processes_of_their_own(folder: Path) -> 
             engine.fill(0)
             assert engine.append(48) > 0
         assert correlation(ours.logits(), peer.logits()) > SAME
-        assert ours.version == "kernels: reference"
+        assert ours.version == "kernels: native"
     assert (folder / "checkpoints" / "hybrid.frames.safetensors").is_file()
 
 
