@@ -216,7 +216,7 @@ def doctor(
     """
     from truekv.serve.doctor import run
 
-    return run(model, _engine(kv_cache_dtype or "auto", "", None, None, "auto"), as_json=as_json)
+    return run(model, _engine(kv_cache_dtype or "auto", "", None, None, "auto", "auto"), as_json=as_json)
 
 
 @app.command()
