@@ -6,9 +6,11 @@
 #include "simd.h"
 
 struct RmsNorm {
-  const void* x;      // [outer, inner, dim]
-  const float* gain;  // [dim], or null for ones
-  void* out;          // [outer, inner, dim], contiguous
+  const void* x;       // [outer, inner, dim]
+  const void* change;  // [outer, inner, dim], contiguous, added to x first; or null
+  const float* gain;   // [dim], or null for ones
+  void* total;         // [outer, inner, dim], contiguous: x + change, if there is a change
+  void* out;           // [outer, inner, dim], contiguous
   int64_t outer, inner, dim;
   int64_t x_outer, x_inner;  // strides of x, in numbers
   float epsilon;
@@ -47,11 +49,19 @@ struct Gate {
   int32_t by_bf16;  // by and out are
 };
 
-struct Squash {
+struct Softplus {
   const void* x;      // [rows, dim]
-  const float* bias;  // [dim]: softplus(x + bias); null: sigmoid(x)
+  const float* bias;  // [dim]
   float* out;         // [rows, dim], contiguous
   int64_t rows, dim, x_row;
+  int32_t bf16;
+};
+
+struct DeltaGates {
+  const void *b, *a;           // [rows, heads]
+  const float *bias, *rate;    // [heads]
+  float *beta, *decay;         // [rows, heads], contiguous: sigmoid(b) and rate * softplus(a + bias)
+  int64_t rows, heads, b_row, a_row;
   int32_t bf16;
 };
 
@@ -103,12 +113,18 @@ struct Combine {
   int32_t bf16;
 };
 
-struct Finite {
-  const void* x;        // [rows, dim]
-  const int64_t* rows;  // [count] rows of x, or null for the first `count`
-  int32_t* finite;      // one answer
-  int64_t count, dim, x_row;
+// Rows of one of the tensors that `finite` looks at.
+struct Part {
+  const void* x;  // [rows, dim]
+  int64_t dim, x_row;
   int32_t bf16;
+};
+
+struct Finite {
+  Part parts[4];
+  const int64_t* rows;     // [count] rows of every part, or null for the first `count`
+  int64_t number, count;   // of parts, and of rows
+  mutable int32_t finite;  // the answer
 };
 
 namespace ISA {
@@ -159,6 +175,13 @@ void rms_norm(const RmsNorm& a) {
     for (int64_t n = 0; n < a.inner; n++) {
       const T* x = (const T*)a.x + o * a.x_outer + n * a.x_inner;
       T* out = (T*)a.out + (o * a.inner + n) * a.dim;
+      if (a.change) {
+        const T* change = (const T*)a.change + (o * a.inner + n) * a.dim;
+        T* total = (T*)a.total + (o * a.inner + n) * a.dim;
+        for (int64_t i = 0; i < a.dim; i += LANES)
+          write(total + i, read(x + i, a.dim - i) + read(change + i, a.dim - i), a.dim - i);
+        x = total;
+      }
       F32 squares = zero();
       for (int64_t i = 0; i < a.dim; i += LANES) {
         F32 v = read(x + i, a.dim - i);
@@ -230,19 +253,24 @@ void gate(const Gate& a) {
     }
 }
 
+INLINE float softplus(float v) { return v > 20.0f ? v : log1pf(expf(v)); }
+
 template <class T>
-void squash(const Squash& a) {
+void softplus(const Softplus& a) {
 #pragma omp parallel for schedule(static) if (a.rows * a.dim > ALONE)
-  for (int64_t row = 0; row < a.rows; row++) {
-    const T* x = (const T*)a.x + row * a.x_row;
-    float* out = a.out + row * a.dim;
-    if (!a.bias)
-      for (int64_t i = 0; i < a.dim; i += LANES) write(out + i, sigmoid(read(x + i, a.dim - i)), a.dim - i);
-    else
-      for (int64_t i = 0; i < a.dim; i++) {
-        const float v = one(x + i) + a.bias[i];
-        out[i] = v > 20.0f ? v : log1pf(expf(v));
-      }
+  for (int64_t row = 0; row < a.rows; row++)
+    for (int64_t i = 0; i < a.dim; i++)
+      a.out[row * a.dim + i] = softplus(one((const T*)a.x + row * a.x_row + i) + a.bias[i]);
+}
+
+template <class T>
+void delta_gates(const DeltaGates& g) {
+#pragma omp parallel for schedule(static) if (g.rows * g.heads > ALONE)
+  for (int64_t row = 0; row < g.rows; row++) {
+    const T *b = (const T*)g.b + row * g.b_row, *a = (const T*)g.a + row * g.a_row;
+    float *beta = g.beta + row * g.heads, *decay = g.decay + row * g.heads;
+    for (int64_t i = 0; i < g.heads; i += LANES) write(beta + i, sigmoid(read(b + i, g.heads - i)), g.heads - i);
+    for (int64_t i = 0; i < g.heads; i++) decay[i] = g.rate[i] * softplus(one(a + i) + g.bias[i]);
   }
 }
 
@@ -382,22 +410,30 @@ void combine(const Combine& a) {
 
 // Blocks of a row are looked at side by side: a decoding step has one row of a million numbers.
 template <class T>
-void finite(const Finite& a) {
+bool finite(const Part& part, const int64_t* rows, int64_t count) {
   constexpr int64_t block = 1 << 14;
-  const int64_t blocks = (a.dim + block - 1) / block;
+  const int64_t blocks = (part.dim + block - 1) / block;
   int bad = 0;
-#pragma omp parallel for collapse(2) schedule(static) reduction(| : bad) if (a.count * a.dim > ALONE)
-  for (int64_t row = 0; row < a.count; row++)
+#pragma omp parallel for collapse(2) schedule(static) reduction(| : bad) if (count * part.dim > ALONE)
+  for (int64_t row = 0; row < count; row++)
     for (int64_t b = 0; b < blocks; b++) {
-      const T* x = (const T*)a.x + (a.rows ? a.rows[row] : row) * a.x_row;
-      const int64_t end = (b + 1) * block < a.dim ? (b + 1) * block : a.dim;
+      const T* x = (const T*)part.x + (rows ? rows[row] : row) * part.x_row;
+      const int64_t end = (b + 1) * block < part.dim ? (b + 1) * block : part.dim;
       // Infinity and NaN are what has all bits of the exponent.
       I32 found = {};
       for (int64_t i = b * block; i < end; i += LANES)
         found |= ((I32)read(x + i, end - i) & 0x7F800000) == 0x7F800000;
       for (int lane = 0; lane < LANES; lane++) bad |= found[lane];
     }
-  *a.finite = !bad;
+  return !bad;
+}
+
+void finite(const Finite& a) {
+  a.finite = 1;
+  for (int64_t i = 0; i < a.number && a.finite; i++) {
+    const Part& part = a.parts[i];
+    a.finite = part.bf16 ? finite<uint16_t>(part, a.rows, a.count) : finite<float>(part, a.rows, a.count);
+  }
 }
 
 }  // namespace
@@ -428,9 +464,14 @@ EXPORT(gate, Gate) {
   }
 }
 
-EXPORT(squash, Squash) {
-  if (arguments->bf16) ISA::squash<uint16_t>(*arguments);
-  else ISA::squash<float>(*arguments);
+EXPORT(softplus, Softplus) {
+  if (arguments->bf16) ISA::softplus<uint16_t>(*arguments);
+  else ISA::softplus<float>(*arguments);
+}
+
+EXPORT(delta_gates, DeltaGates) {
+  if (arguments->bf16) ISA::delta_gates<uint16_t>(*arguments);
+  else ISA::delta_gates<float>(*arguments);
 }
 
 EXPORT(angles, Angles) { ISA::angles(*arguments); }
@@ -449,7 +490,4 @@ EXPORT(combine, Combine) {
   else ISA::combine<float>(*arguments);
 }
 
-EXPORT(finite, Finite) {
-  if (arguments->bf16) ISA::finite<uint16_t>(*arguments);
-  else ISA::finite<float>(*arguments);
-}
+EXPORT(finite, Finite) { ISA::finite(*arguments); }

@@ -14,7 +14,7 @@ int main() {
     for (size_t i = 0; i < DIM; i++)
       expected[row * DIM + i] = x[row * DIM + i] / std::sqrt(squares / DIM + 1e-6) * gain[i];
   }
-  const RmsNorm arguments{x.data(), gain.data(), out.data(), ROWS, 1, DIM, DIM, DIM, 1e-6f, 0};
+  const RmsNorm arguments{x.data(), nullptr, gain.data(), nullptr, out.data(), ROWS, 1, DIM, DIM, DIM, 1e-6f, 0};
   JOIN(truekv_, rms_norm, _, ISA)(&arguments);
   return !close("rms_norm", out, expected);
 }

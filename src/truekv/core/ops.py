@@ -103,6 +103,12 @@ class Ops(Protocol):
         """X / sqrt(mean(x^2) + eps) * gain over the last dimension; `gain` is float32 [D]."""
         ...
 
+    def add_norm(
+        self, x: torch.Tensor, change: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + change, and rms_norm of that as it was rounded, for [T, C] of one dtype."""
+        ...
+
     def gated_norm(
         self, x: torch.Tensor, gate: torch.Tensor, gain: torch.Tensor, eps: float, *, gate_first: bool
     ) -> torch.Tensor:
@@ -120,12 +126,17 @@ class Ops(Protocol):
         """X * sigmoid(by), in by's dtype, for x [T, H, D] and by [T, H, D], or [T, H, 1] for all D alike."""
         ...
 
-    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sigmoid of [T, H], in float32."""
-        ...
-
     def softplus(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """log(1 + exp(x + bias)) in float32, for x [T, H] and float32 bias [H]."""
+        ...
+
+    def delta_gates(
+        self, b: torch.Tensor, a: torch.Tensor, bias: torch.Tensor, rate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """sigmoid(b) and rate * softplus(a + bias): what a delta rule writes with, and what it forgets by.
+
+        Both float32 [T, H], for a and b [T, H] of one dtype and float32 bias and rate [H].
+        """
         ...
 
     def angles(
@@ -147,6 +158,6 @@ class Ops(Protocol):
         """Choose experts by float32 logits [T, E]: their weights, float32 [T, K], and indices, int64 [T, K]."""
         ...
 
-    def finite(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
-        """Whether every number of x [T, ...], or of its rows of int64 indices [N], is finite."""
+    def finite(self, *parts: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
+        """Whether every number of one to four tensors [T, ...], or of their rows of int64 indices [N], is finite."""
         ...

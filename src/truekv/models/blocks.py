@@ -35,6 +35,12 @@ class RMSNorm:
         """Normalise [..., dim] in float32 and return x's dtype."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def after(self, x_TC: torch.Tensor, change_TC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a change to the residual, if there is one yet; return both it and its norm."""
+        if change_TC is None:
+            return x_TC, self(x_TC)
+        return self.ops.add_norm(x_TC, change_TC, self.weight, self.eps)
+
 
 def norm(weights: Weights, name: str, eps: float, *, zero_centred: bool = False) -> RMSNorm:
     """Take `name.weight`."""

@@ -62,18 +62,30 @@ class Layer:
         self.ffn = ffn
         self.scale = scale
 
-    def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
-        """Map the residual [T, C] to the next one."""
+    def __call__(
+        self,
+        x_TC: torch.Tensor,
+        change_TC: torch.Tensor | None,
+        memory: LayerMemory,
+        step: Step,
+        angles: Angles | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Take the residual and what is still to be added to it; return both as they are after the layer.
+
+        A change waits for the next norm, which adds it in the same pass.
+        """
         if self.mixer is not None:
             norm, mixer = self.mixer
-            x_TC = self._added(x_TC, mixer(norm(x_TC), memory, step, angles))
+            x_TC, normed_TC = norm.after(x_TC, change_TC)
+            change_TC = self._scaled(mixer(normed_TC, memory, step, angles))
         if self.ffn is not None:
             norm, ffn = self.ffn
-            x_TC = self._added(x_TC, ffn(norm(x_TC)))
-        return x_TC
+            x_TC, normed_TC = norm.after(x_TC, change_TC)
+            change_TC = self._scaled(ffn(normed_TC))
+        return x_TC, change_TC
 
-    def _added(self, x_TC: torch.Tensor, change_TC: torch.Tensor) -> torch.Tensor:
-        return x_TC + (change_TC if self.scale == 1.0 else change_TC * self.scale)
+    def _scaled(self, change_TC: torch.Tensor) -> torch.Tensor:
+        return change_TC if self.scale == 1.0 else change_TC * self.scale
 
 
 class Decoder:
@@ -93,9 +105,10 @@ class Decoder:
         """Return the last residual [T, C], before the final norm."""
         x_TC = self.embedding(step.tokens)
         angles = None if self.rotary is None else self.rotary.angles(step.positions)
+        change_TC = None
         for layer, remembered in zip(self.layers, memory, strict=True):
-            x_TC = layer(x_TC, remembered, step, angles)
-        return x_TC
+            x_TC, change_TC = layer(x_TC, change_TC, remembered, step, angles)
+        return x_TC if change_TC is None else x_TC + change_TC
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the output head: [N, C] -> float32 [N, V]."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from truekv.core.errors import Refused
-from truekv.core.ops import Expert, Part, Routing
+from truekv.core.ops import Expert, Ops, Part, Routing
 from truekv.kernels.native.library import Library, library
 from truekv.kernels.native.linear import Packed
 from truekv.kernels.native.ops import OPS as NATIVE
@@ -206,6 +206,11 @@ def test_gated_norm(dim: int, gate_first: bool, dtype: torch.dtype) -> None:
         alike("gated_norm", (x, gate, gain, 1e-6), gate_first=gate_first)
 
 
+def delta_gates(ops: Ops, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    heads = a.shape[1]
+    return ops.delta_gates(b[:, :heads], a, random(heads, seed=3), -random(heads, seed=4).sigmoid())
+
+
 EDGES = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 20.0, -20.0, 88.0, -88.0, 3e38, -3e38])
 
 
@@ -219,7 +224,11 @@ def test_activations_and_gates(dim: int, dtype: torch.dtype) -> None:
     for values in (random(5, 3, dim, seed=2), random(5, 3, dim, seed=2).bfloat16()):
         alike("gate", (values, by))
         alike("gate", (values, by[..., :1]))
-    alike("sigmoid", (x,))
+    wide = random(5, 4 * dim, seed=5, dtype=dtype)
+    for ours, theirs in zip(
+        *(delta_gates(ops, wide[:, ::2], wide[:, :dim]) for ops in (NATIVE, REFERENCE)), strict=True
+    ):
+        same(ours, theirs)
     alike("softplus", (x, random(2 * dim, seed=3)))
 
 
@@ -227,7 +236,8 @@ def test_activations_and_gates(dim: int, dtype: torch.dtype) -> None:
 @each_isa
 def test_activations_and_gates_at_the_edges(dtype: torch.dtype) -> None:
     x = EDGES.to(dtype)[None]
-    same(NATIVE.sigmoid(x), REFERENCE.sigmoid(x))
+    for ours, theirs in zip(delta_gates(NATIVE, x, x), delta_gates(REFERENCE, x, x), strict=True):
+        same(ours, theirs)
     same(NATIVE.softplus(x, torch.zeros(10)), REFERENCE.softplus(x, torch.zeros(10)))
     small = x[:, :8]
     same(NATIVE.activate(small, "relu2"), REFERENCE.activate(small, "relu2"))
@@ -241,7 +251,7 @@ def test_what_is_not_a_number_stays_none() -> None:
     x = torch.full((2, 34), torch.nan)
     x3 = x[:, None]
     for result in (
-        NATIVE.sigmoid(x),
+        *delta_gates(NATIVE, x, x),
         NATIVE.softplus(x, torch.zeros(34)),
         NATIVE.activate(x, "swiglu"),
         NATIVE.activate(x, "relu2"),
@@ -314,7 +324,42 @@ def test_finite_sees_every_number_of_the_rows_and_no_other(dtype: torch.dtype) -
         spoilt = x.clone()
         spoilt[2].view(-1)[place] = value
         assert not NATIVE.finite(spoilt)
-        assert not NATIVE.finite(spoilt, torch.tensor([0, 2]))
-        assert NATIVE.finite(spoilt, torch.tensor([3, 0, 1]))
+        assert not NATIVE.finite(spoilt, rows=torch.tensor([0, 2]))
+        assert NATIVE.finite(spoilt, rows=torch.tensor([3, 0, 1]))
     assert NATIVE.finite(poisoned(x[:, 0]))
     assert NATIVE.finite(x[:0])
+
+
+@each_isa
+def test_finite_looks_at_all_parts_and_at_the_same_rows_of_each() -> None:
+    parts = [random(4, 3, 50), random(4, 70000, seed=1).bfloat16(), random(4, 1), random(4, 2, 3)]
+    assert NATIVE.finite(*parts)
+    for place, part in enumerate(parts):
+        spoilt = [*parts[:place], part.clone(), *parts[place + 1 :]]
+        spoilt[place][3].view(-1)[-1] = torch.nan
+        assert not NATIVE.finite(*spoilt)
+        assert not NATIVE.finite(*spoilt, rows=torch.tensor([1, 3]))
+        assert NATIVE.finite(*spoilt, rows=torch.tensor([2, 0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+@each_isa
+def test_a_norm_adds_the_change_to_the_bit(dim: int, dtype: torch.dtype) -> None:
+    x, change, gain = poisoned(random(5, dim, dtype=dtype)), random(5, dim, seed=1, dtype=dtype), random(dim, seed=2)
+    total, normed = NATIVE.add_norm(x, change, gain, 1e-6)
+    assert torch.equal(total, x + change)
+    assert torch.equal(normed, NATIVE.rms_norm(x + change, gain, 1e-6))
+    alone = NATIVE.add_norm(x[3:4], change[3:4], gain, 1e-6)
+    assert torch.equal(alone[0], total[3:4])
+    assert torch.equal(alone[1], normed[3:4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_isa
+def test_a_token_has_the_same_gates_in_any_batch(dtype: torch.dtype) -> None:
+    b, a = random(2500, 16, dtype=dtype), random(2500, 16, seed=1, dtype=dtype)
+    together = delta_gates(NATIVE, b, a)
+    for row in (0, 1249, 2499):
+        alone = delta_gates(NATIVE, b[row : row + 1], a[row : row + 1])
+        assert all(torch.equal(one[0], many[row]) for one, many in zip(alone, together, strict=True))

@@ -36,7 +36,7 @@ class Rows(ctypes.Structure):
 class RmsNorm(ctypes.Structure):
     """Of `rms_norm` in native/pointwise.cpp."""
 
-    _fields_ = _members("x gain out", "outer inner dim x_outer x_inner", floats="epsilon", ints="bf16")
+    _fields_ = _members("x change gain total out", "outer inner dim x_outer x_inner", floats="epsilon", ints="bf16")
 
 
 class GatedNorm(ctypes.Structure):
@@ -59,10 +59,16 @@ class Gate(ctypes.Structure):
     _fields_ = _members("x by out", "outer inner dim x_outer x_inner by_outer by_inner", ints="single x_bf16 by_bf16")
 
 
-class Squash(ctypes.Structure):
-    """Of `squash` in native/pointwise.cpp."""
+class Softplus(ctypes.Structure):
+    """Of `softplus` in native/pointwise.cpp."""
 
     _fields_ = _members("x bias out", "rows dim x_row", ints="bf16")
+
+
+class DeltaGates(ctypes.Structure):
+    """Of `delta_gates` in native/pointwise.cpp."""
+
+    _fields_ = _members("b a bias rate beta decay", "rows heads b_row a_row", ints="bf16")
 
 
 class Angles(ctypes.Structure):
@@ -100,7 +106,16 @@ class Combine(ctypes.Structure):
     _fields_ = _members("rows places weights out", "tokens per_token dim", ints="bf16")
 
 
+class Part(ctypes.Structure):
+    """Of `finite` in native/pointwise.cpp."""
+
+    _fields_ = _members("x", "dim x_row", ints="bf16")
+
+
+Parts = Part * 4
+
+
 class Finite(ctypes.Structure):
     """Of `finite` in native/pointwise.cpp."""
 
-    _fields_ = _members("x rows finite", "count dim x_row", ints="bf16")
+    _fields_ = (("parts", Parts), *_members("rows", "number count", ints="finite"))

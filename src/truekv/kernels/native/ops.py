@@ -39,12 +39,21 @@ class NativeOps:
         x = dense(x)
         out = torch.empty(x.shape, dtype=x.dtype)
         outer, inner, dim = (x.shape[0], 1, x.shape[1]) if x.ndim == 2 else x.shape
-        gain_at = None if gain is None else gain.data_ptr()
-        arguments = native.RmsNorm(
-            x.data_ptr(), gain_at, out.data_ptr(), outer, inner, dim, x.stride(0), x.stride(-2), eps, is_bf16(x)
-        )
-        run("rms_norm", arguments)
+        pointers = (x.data_ptr(), None, None if gain is None else gain.data_ptr(), None, out.data_ptr())
+        run("rms_norm", native.RmsNorm(*pointers, outer, inner, dim, x.stride(0), x.stride(-2), eps, is_bf16(x)))
         return out
+
+    def add_norm(
+        self, x: torch.Tensor, change: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + change and its norm."""
+        x, change = dense(x), change.contiguous()
+        assert x.dtype == change.dtype
+        rows, dim = x.shape
+        total, out = torch.empty(rows, dim, dtype=x.dtype), torch.empty(rows, dim, dtype=x.dtype)
+        pointers = (x.data_ptr(), change.data_ptr(), gain.data_ptr(), total.data_ptr(), out.data_ptr())
+        run("rms_norm", native.RmsNorm(*pointers, rows, 1, dim, x.stride(0), dim, eps, is_bf16(x)))
+        return total, out
 
     def gated_norm(
         self, x: torch.Tensor, gate: torch.Tensor, gain: torch.Tensor, eps: float, *, gate_first: bool
@@ -102,21 +111,26 @@ class NativeOps:
         )
         return out
 
-    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sigmoid of [T, H] in float32."""
-        return self._squash(x, None)
-
     def softplus(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """log(1 + exp(x + bias)) in float32."""
-        return self._squash(x, bias)
-
-    def _squash(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         x = dense(x)
-        out = torch.empty(x.shape, dtype=torch.float32)
         rows, dim = x.shape
-        bias_at = None if bias is None else bias.data_ptr()
-        run("squash", native.Squash(x.data_ptr(), bias_at, out.data_ptr(), rows, dim, x.stride(0), is_bf16(x)))
+        out = torch.empty(rows, dim)
+        pointers = (x.data_ptr(), bias.data_ptr(), out.data_ptr())
+        run("softplus", native.Softplus(*pointers, rows, dim, x.stride(0), is_bf16(x)))
         return out
+
+    def delta_gates(
+        self, b: torch.Tensor, a: torch.Tensor, bias: torch.Tensor, rate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sigmoid(b) and rate * softplus(a + bias) in float32."""
+        b, a = dense(b), dense(a)
+        assert b.dtype == a.dtype
+        rows, heads = b.shape
+        beta, decay = torch.empty(rows, heads), torch.empty(rows, heads)
+        pointers = (tensor.data_ptr() for tensor in (b, a, bias, rate, beta, decay))
+        run("delta_gates", native.DeltaGates(*pointers, rows, heads, b.stride(0), a.stride(0), is_bf16(b)))
+        return beta, decay
 
     def angles(
         self, positions: torch.Tensor, frequencies: torch.Tensor, amplitude: float
@@ -183,24 +197,18 @@ class NativeOps:
         )
         return weights_TK, chosen_TK
 
-    def finite(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
+    def finite(self, *parts: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
         """Whether every number is finite."""
-        x = dense(x.flatten(1))
-        answer = torch.empty(1, dtype=torch.int32)
+        flat = [dense(part.flatten(1)) for part in parts]
         rows = None if rows is None else rows.contiguous()
-        run(
-            "finite",
-            native.Finite(
-                x.data_ptr(),
-                None if rows is None else rows.data_ptr(),
-                answer.data_ptr(),
-                x.shape[0] if rows is None else rows.shape[0],
-                x.shape[1],
-                x.stride(0),
-                is_bf16(x),
-            ),
+        arguments = native.Finite(
+            native.Parts(*((part.data_ptr(), part.shape[1], part.stride(0), is_bf16(part)) for part in flat)),
+            None if rows is None else rows.data_ptr(),
+            len(flat),
+            len(flat[0] if rows is None else rows),
         )
-        return bool(answer)
+        run("finite", arguments)
+        return bool(arguments.finite)
 
 
 OPS: Final[Ops] = NativeOps()

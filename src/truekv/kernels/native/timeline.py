@@ -43,8 +43,10 @@ def timeline(
     [slots, C, K - 1]; `log`: [slots, R, C]. Raises Refused unless all are float32 or all bfloat16.
     """
     taps_CK, bias_C = weights["conv"], weights.get("conv_bias")
-    kinds = {tensor.dtype for tensor in (inputs_TC, taps_CK, tail, log, *([] if bias_C is None else [bias_C]))}
-    if len(kinds) != 1 or not kinds <= {torch.bfloat16, torch.float32}:
+    kind = inputs_TC.dtype
+    same = kind == taps_CK.dtype == tail.dtype == log.dtype and (bias_C is None or bias_C.dtype == kind)
+    if not same or kind not in {torch.bfloat16, torch.float32}:
+        kinds = {tensor.dtype for tensor in (inputs_TC, taps_CK, tail, log, *([] if bias_C is None else [bias_C]))}
         raise Refused(
             f"the native convolution takes channels, taps and state in one dtype, float32 or bfloat16, not in "
             f"{', '.join(sorted(map(str, kinds)))}; load the model with another dtype or use the reference backend"

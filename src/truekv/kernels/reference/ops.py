@@ -128,6 +128,13 @@ class ReferenceOps:
         rows = normalised(x, eps)
         return (rows if gain is None else rows.mul_(gain)).to(x.dtype)
 
+    def add_norm(
+        self, x: torch.Tensor, change: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + change and its norm."""
+        total = x + change
+        return total, self.rms_norm(total, gain, eps)
+
     def gated_norm(
         self, x: torch.Tensor, gate: torch.Tensor, gain: torch.Tensor, eps: float, *, gate_first: bool
     ) -> torch.Tensor:
@@ -145,13 +152,15 @@ class ReferenceOps:
         """X * sigmoid(by)."""
         return (x.float() * torch.sigmoid(by.float())).to(by.dtype)
 
-    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sigmoid in float32."""
-        return x.float().sigmoid()
-
     def softplus(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """log(1 + exp(x + bias)) in float32."""
         return torch.nn.functional.softplus(x.float() + bias)
+
+    def delta_gates(
+        self, b: torch.Tensor, a: torch.Tensor, bias: torch.Tensor, rate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sigmoid(b) and rate * softplus(a + bias)."""
+        return b.float().sigmoid(), rate * self.softplus(a, bias)
 
     def angles(
         self, positions: torch.Tensor, frequencies: torch.Tensor, amplitude: float
@@ -187,9 +196,9 @@ class ReferenceOps:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return weights_TK * routing.scale, chosen_TK
 
-    def finite(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
+    def finite(self, *parts: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
         """Whether every number is finite."""
-        return bool(torch.isfinite(x if rows is None else x[rows]).all())
+        return all(bool(torch.isfinite(part if rows is None else part[rows]).all()) for part in parts)
 
 
 def limited(choice_TE: torch.Tensor, routing: Routing) -> torch.Tensor:

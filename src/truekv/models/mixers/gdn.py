@@ -131,8 +131,8 @@ class GatedDeltaNet:
         del angles
         shape = self.shape
         sizes = [shape.channels, shape.values, shape.value_heads, shape.value_heads]
-        qkv_TM, gate_TV, beta_TH, decay_TH = torch.split_with_sizes(self.inputs(x_TC), sizes, -1)
-        decay_TH = self.rate_H * self.ops.softplus(decay_TH, self.dt_bias_H)
-        inputs = {"conv": qkv_TM, "beta": self.ops.sigmoid(beta_TH), "decay": decay_TH}
+        qkv_TM, gate_TV, b_TH, a_TH = torch.split_with_sizes(self.inputs(x_TC), sizes, -1)
+        beta_TH, decay_TH = self.ops.delta_gates(b_TH, a_TH, self.dt_bias_H, self.rate_H)
+        inputs = {"conv": qkv_TM, "beta": beta_TH, "decay": decay_TH}
         out_THD = cast("StateMemory", memory).scan(inputs, self.taps, step)
         return self.out(self.ops.gated_norm(out_THD, gate_TV, self.norm_D, shape.eps, gate_first=False))
