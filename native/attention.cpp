@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "export.h"
+#include "integers.h"
 #include "stored.h"
 
 struct Attend {
@@ -35,124 +36,9 @@ struct Attend {
 namespace ISA {
 namespace {
 
-constexpr int KEYS = 32;    // of one block
 constexpr int SPLIT = 512;  // keys of one partial result
 constexpr int TILE = 64;    // query rows that share a decoded block
 constexpr int AHEAD = 2;    // blocks
-#if defined(__AVX512F__)
-constexpr int SUMS = 16;    // running sums in registers
-constexpr int DIRECT = 2;   // rows up to which keys and values go from the decoder into sums without being written down
-#else
-constexpr int SUMS = 4;
-constexpr int DIRECT = 0;
-#endif
-
-// Into the second level: two blocks of keys and values would push each other out of the first (half the speed).
-INLINE void fetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
-
-// scores[r][t] = sum over lanes of query r * key t, for ROWS queries and all tokens, in units of the key.
-// A few tokens beyond the last one may be scored too, so that sixteen sums are added up at once.
-template <class D, int ROWS>
-void score(const D& decoder, const uint8_t* keys, int bytes, int units, const float* query, int lanes, int tokens,
-           float* scores, const uint8_t* ahead) {
-  constexpr int TOKENS = LANES / ROWS, AT_ONCE = std::max(1, SUMS / ROWS);
-  for (int t = 0; t < tokens; t += TOKENS) {
-    if (ahead) fetch(ahead + t * bytes, TOKENS * bytes);
-    F32 total[LANES];
-#pragma GCC unroll 4
-    for (int first = 0; first < TOKENS; first += AT_ONCE) {
-      F32 part[ROWS * AT_ONCE];
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS * AT_ONCE; i++) part[i] = zero();
-      const uint8_t* row = keys + (int64_t)(t + first) * bytes;
-      for (int unit = 0; unit < units; unit++) {
-        const float* q = query + unit * D::VECTORS * LANES;
-#pragma GCC unroll 16
-        for (int i = 0; i < AT_ONCE; i++) {
-          F32 key[D::VECTORS];
-          decoder.read(row + i * bytes, unit, key);
-#pragma GCC unroll 8
-          for (int v = 0; v < D::VECTORS; v++)
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-              part[r * AT_ONCE + i] = fma(key[v], load<F32>(q + r * lanes + v * LANES), part[r * AT_ONCE + i]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS * AT_ONCE; i++) total[i / AT_ONCE * TOKENS + first + i % AT_ONCE] = part[i];
-    }
-    alignas(64) float added[LANES];
-    store(added, sums(total));
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) memcpy(scores + r * KEYS + t, added + r * TOKENS, TOKENS * sizeof(float));
-  }
-}
-
-// mean[r] += weights[r][t] * value t, token after token, for ROWS rows and `count` units of lanes from `unit` on.
-template <class D, int ROWS, int UNITS>
-INLINE void weigh_units(const D& decoder, const uint8_t* values, int bytes, int unit, const float* weights, int tokens,
-                        float* mean, int lanes, const uint8_t* ahead) {
-  constexpr int VECTORS = UNITS * D::VECTORS;
-  F32 total[ROWS][VECTORS];
-  float* at = mean + unit * D::VECTORS * LANES;
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) total[r][v] = load<F32>(at + r * lanes + v * LANES);
-  for (int t = 0; t < tokens; t++) {
-    if (ahead) fetch(ahead + t * bytes, bytes);
-    F32 value[VECTORS];
-#pragma GCC unroll 8
-    for (int u = 0; u < UNITS; u++) decoder.read(values + t * bytes, unit + u, value + u * D::VECTORS);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) {
-      F32 weight = all(weights[r * KEYS + t]);
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) total[r][v] = fma(weight, value[v], total[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) store(at + r * lanes + v * LANES, total[r][v]);
-}
-
-template <class D, int ROWS>
-void weigh(const D& decoder, const uint8_t* values, int bytes, int units, const float* weights, int tokens, float* mean,
-           int lanes, const uint8_t* ahead) {
-  constexpr int MOST = std::max(1, std::min(8, SUMS / ROWS) / D::VECTORS);
-  int unit = 0;
-  for (; unit + MOST <= units; unit += MOST) {
-    weigh_units<D, ROWS, MOST>(decoder, values, bytes, unit, weights, tokens, mean, lanes, unit ? nullptr : ahead);
-  }
-  for (; unit < units; unit++)
-    weigh_units<D, ROWS, 1>(decoder, values, bytes, unit, weights, tokens, mean, lanes, unit ? nullptr : ahead);
-}
-
-// Writes the numbers of `tokens` rows, in units of their rows, to [tokens, lanes].
-template <class D>
-void decode(const D& decoder, const uint8_t* rows, int bytes, int units, int tokens, float* to, const uint8_t* ahead) {
-  for (int t = 0; t < tokens; t++) {
-    if (ahead) fetch(ahead + t * bytes, bytes);
-    for (int unit = 0; unit < units; unit++) {
-      F32 out[D::VECTORS];
-      decoder.read(rows + t * bytes, unit, out);
-#pragma GCC unroll 8
-      for (int v = 0; v < D::VECTORS; v++, to += LANES) store(to, out[v]);
-    }
-  }
-}
-
-// Runs `op<decoder, 1, 2 or 4 rows>` over any number of rows.
-template <class Op>
-INLINE void in_fours(int rows, Op op) {
-  int r = 0;
-  for (; r + 4 <= rows; r += 4) op(r, std::integral_constant<int, 4>());
-  if (r + 2 <= rows) op(r, std::integral_constant<int, 2>()), r += 2;
-  if (r < rows) op(r, std::integral_constant<int, 1>());
-}
 
 // What a block of one field is read from.
 struct Source {
@@ -205,6 +91,11 @@ class Attention {
  public:
   explicit Attention(const Attend& a) : a(a), value(a.value.code, a.value.dim) {
     for (int f = 0; f < a.fields; f++) scored.emplace_back(a.scored[f].code, a.scored[f].dim);
+#if INTEGERS
+    for (int f = 0; f < a.fields; f++)
+      if (of_integers(a.scored[f].code)) scored[f].lanes = query_floats(scored[f].dim);
+    if (of_integers(a.value.code)) value.lanes = padded(value.dim);
+#endif
     int64_t rows = 0;
     for (int64_t b = 0; b < a.batch; b++) first_row.push_back(rows), rows += a.count[b] * a.group;
     rows_of_head = rows;
@@ -255,6 +146,12 @@ class Attention {
         read_row(a.queries[f], a.bf16, token * a.token_stride[f] + query_head * a.head_stride[f], field.dim, x);
         query_into_frame(field, head, x);
         float* to = query(f, head, row);
+#if INTEGERS
+        if (of_integers(field.code)) {
+          for (int i = 0; i < field.dim; i++) x[i] *= a.factor;
+          return write_query(x, field.dim, to);
+        }
+#endif
         each_lane(field, scored[f], [&](int lane, int dim) { to[lane] = dim < 0 ? 0.0f : x[dim] * a.factor; });
       });
     }
@@ -262,6 +159,12 @@ class Attention {
 
   template <class Then>
   static void each_lane(const Stored& field, const Shape& shape, Then then) {
+#if INTEGERS
+    if (of_integers(field.code)) {
+      for (int lane = 0; lane < shape.lanes; lane++) then(lane, dim_of_lane(lane) < shape.dim ? dim_of_lane(lane) : -1);
+      return;
+    }
+#endif
     with_decoder(field.code, [&](auto type) {
       using D = typename decltype(type)::Decoder;
       int at = 0;
@@ -290,7 +193,7 @@ class Attention {
   int64_t workspace(int64_t rows) const {
     int64_t lanes = value.lanes;
     for (const Shape& shape : scored) lanes += shape.lanes;
-    return 3 * rows * KEYS + KEYS * lanes;
+    return 4 * rows * KEYS + KEYS * lanes;
   }
 
   void whole(const std::vector<Item>& tiles) const {
@@ -375,7 +278,7 @@ class Attention {
     const int rows = (int)tile.rows;
     float* scores[2] = {space, space + rows * KEYS};
     float *weights = space + 2 * rows * KEYS;
-    float* decoded = space + 3 * rows * KEYS;
+    float* decoded = space + 4 * rows * KEYS;
     float* decoded_value = decoded;
     part.clear(rows, value.lanes);
     const int64_t* pages = a.pages + tile.sequence * a.width;
@@ -403,6 +306,15 @@ class Attention {
   void score_field(int f, const Source& from, const Item& tile, int tokens, bool direct, float* scores, float* decoded) const {
     const Shape& shape = scored[f];
     const float* q = query(f, tile.head, first_row[tile.sequence] + tile.first);
+#if INTEGERS
+    if (of_integers(a.scored[f].code)) {
+      uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(shape.dim);
+      lay_keys(spread(a.scored[f].code, from.codes, shape.bytes, shape.dim, bytes, from.ahead), shape.dim, laid);
+      return in_fours((int)tile.rows, [&](int r, auto count) {
+        score_integers<count>(laid, shape.dim, q + r * shape.lanes, scores + r * KEYS);
+      });
+    }
+#endif
     with_decoder(a.scored[f].code, [&](auto type) {
       using D = typename decltype(type)::Decoder;
       D decoder(shape.dim);
@@ -419,6 +331,17 @@ class Attention {
   }
 
   void weigh_field(const Source& from, int rows, int tokens, bool direct, const float* weights, float* mean, float* decoded) const {
+#if INTEGERS
+    if (of_integers(a.value.code)) {
+      uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(value.dim);
+      uint8_t* digits = (uint8_t*)(weights + rows * KEYS);
+      lay_values(spread(a.value.code, from.codes, value.bytes, value.dim, bytes, a.latent ? nullptr : from.ahead), value.dim, laid);
+      for (int r = 0; r < rows; r++) write_weights(weights + r * KEYS, digits + r * WEIGHT_BYTES);
+      return in_fours(rows, [&](int r, auto count) {
+        weigh_integers<count>(laid, value.dim, digits + r * WEIGHT_BYTES, mean + r * value.lanes);
+      });
+    }
+#endif
     with_decoder(a.value.code, [&](auto type) {
       using D = typename decltype(type)::Decoder;
       D decoder(value.dim);
@@ -451,7 +374,7 @@ class Attention {
     float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
     F32 relative = all(finite_or_zero(highest));
     F32 p[2] = {exp(s[0] - relative), exp(s[1] - relative)};
-    float before = exp_of(part.highest[r] - finite_or_zero(highest));
+    float before = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
     part.highest[r] = highest;
     part.total[r] = part.total[r] * before + sum(p[0] + p[1]);
     for (int i = 0; i < 2; i++) {
