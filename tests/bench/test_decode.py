@@ -164,7 +164,7 @@ def test_a_missing_peer_is_one_sentence(
 def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
     import sys
 
-    with pytest.raises(EngineFailed, match=r"Refused: .*nowhere"):
+    with pytest.raises(EngineFailed, match=r"Refused: .*is neither a directory nor a hub id"):
         Worker(
             sys.executable,
             "bench.engines.truekv",
