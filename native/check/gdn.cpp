@@ -1,7 +1,7 @@
 // The gated delta rule against its recurrence in double.
 #include "../gdn.cpp"
 
-#include "check.h"
+#include "step.h"
 
 int main() {
   constexpr int64_t KEY_HEADS = 2, HEADS = 6, D = 20, V = 72, TAPS = 4;

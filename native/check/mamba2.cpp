@@ -1,7 +1,7 @@
 // Mamba-2's rule against its recurrence in double.
 #include "../mamba2.cpp"
 
-#include "check.h"
+#include "step.h"
 
 int main() {
   constexpr int64_t HEADS = 9, GROUPS = 1, P = 10, S = 40, TAPS = 4;
