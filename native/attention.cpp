@@ -284,7 +284,7 @@ class Attention {
     const int64_t* pages = a.pages + tile.sequence * a.width;
     int64_t from = std::max(split * SPLIT, oldest(position(tile.sequence, tile.first)) / KEYS * KEYS);
     int64_t end = std::min((split + 1) * SPLIT, position(tile.sequence, tile.first + rows - 1) + 1);
-    bool direct = rows <= DIRECT;
+    bool direct = rows <= DIRECT && rows != 3;
     for (int64_t key = from; key < end; key += KEYS) {
       int tokens = (int)std::min<int64_t>(KEYS, end - key);
       F32 factor[2][2];
@@ -309,9 +309,10 @@ class Attention {
 #if INTEGERS
     if (of_integers(a.scored[f].code)) {
       uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(shape.dim);
-      lay_keys(spread(a.scored[f].code, from.codes, shape.bytes, shape.dim, bytes, from.ahead), shape.dim, laid);
+      lay_keys(spread(a.scored[f].code, from.codes, shape.bytes, shape.dim, bytes), shape.dim, laid);
       return in_fours((int)tile.rows, [&](int r, auto count) {
-        score_integers<count>(laid, shape.dim, q + r * shape.lanes, scores + r * KEYS);
+        score_integers<count>(laid, shape.dim, q + r * shape.lanes, scores + r * KEYS, from.ahead,
+                              from.ahead && r == 0 ? up(4 * KEYS * shape.bytes, shape.dim) : 0);
       });
     }
 #endif
@@ -319,7 +320,7 @@ class Attention {
       using D = typename decltype(type)::Decoder;
       D decoder(shape.dim);
       if constexpr (DIRECT > 0) {
-        auto go = tile.rows == 1 ? score<D, 1> : score<D, 2>;
+        auto go = tile.rows == 1 ? score<D, 1> : tile.rows == 2 ? score<D, 2> : score<D, 4>;
         if (direct) return go(decoder, from.codes, shape.bytes, shape.units, q, shape.lanes, tokens, scores, from.ahead);
       }
       decode(decoder, from.codes, shape.bytes, shape.units, tokens, decoded, from.ahead);
@@ -335,10 +336,11 @@ class Attention {
     if (of_integers(a.value.code)) {
       uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(value.dim);
       uint8_t* digits = (uint8_t*)(weights + rows * KEYS);
-      lay_values(spread(a.value.code, from.codes, value.bytes, value.dim, bytes, a.latent ? nullptr : from.ahead), value.dim, laid);
+      lay_values(spread(a.value.code, from.codes, value.bytes, value.dim, bytes), value.dim, laid);
       for (int r = 0; r < rows; r++) write_weights(weights + r * KEYS, digits + r * WEIGHT_BYTES);
       return in_fours(rows, [&](int r, auto count) {
-        weigh_integers<count>(laid, value.dim, digits + r * WEIGHT_BYTES, mean + r * value.lanes);
+        weigh_integers<count>(laid, value.dim, digits + r * WEIGHT_BYTES, mean + r * value.lanes, from.ahead,
+                              from.ahead && !a.latent && r == 0 ? up(KEYS * value.bytes, weigh_steps(count, value.dim)) : 0);
       });
     }
 #endif
@@ -346,7 +348,7 @@ class Attention {
       using D = typename decltype(type)::Decoder;
       D decoder(value.dim);
       if constexpr (DIRECT > 0) {
-        auto go = rows == 1 ? weigh<D, 1> : weigh<D, 2>;
+        auto go = rows == 1 ? weigh<D, 1> : rows == 2 ? weigh<D, 2> : weigh<D, 4>;
         if (direct) return go(decoder, from.codes, value.bytes, value.units, weights, tokens, mean, value.lanes, from.ahead);
       }
       if (!a.latent) decode(decoder, from.codes, value.bytes, value.units, tokens, decoded, from.ahead);

@@ -104,8 +104,7 @@ struct Bytes {
   int stride;
 };
 
-INLINE Bytes spread(int code, const uint8_t* rows, int bytes, int dim, uint8_t* to, const uint8_t* ahead) {
-  if (ahead) fetch(ahead, KEYS * bytes);
+INLINE Bytes spread(int code, const uint8_t* rows, int bytes, int dim, uint8_t* to) {
   if (code == INT8) return {rows, bytes};
   for (int t = 0; t < KEYS; t++) {
     if (code == LM4) spread4(rows + t * bytes, dim, to + t * padded(dim));
@@ -176,8 +175,9 @@ INLINE void lay_values(const Bytes& rows, int dim, uint8_t* to) {
 }
 
 // scores[r][t] = query r * key t for ROWS queries and the 32 keys that `lay_keys` laid out.
+// The rows that are needed later are fetched a little at a time: `ahead` bytes from `next` on at each step.
 template <int ROWS>
-void score_integers(const uint8_t* laid, int dim, const float* query, float* scores) {
+void score_integers(const uint8_t* laid, int dim, const float* query, float* scores, const uint8_t* next, int ahead) {
   const int stride = padded(dim), row = 4 * query_floats(dim);
   const uint8_t* q = (const uint8_t*)query;
   I32 part[ROWS][DIGITS][2];
@@ -186,7 +186,8 @@ void score_integers(const uint8_t* laid, int dim, const float* query, float* sco
 #pragma GCC unroll 3
     for (int d = 0; d < DIGITS; d++)
       part[r][d][0] = part[r][d][1] = all(load<int32_t>(q + r * row + DIGITS * stride + 4 * d));
-  for (int i = 0; i < dim; i += 4, laid += 128) {
+  for (int i = 0; i < dim; i += 4, laid += 128, next += ahead) {
+    fetch(next, ahead);
     __m512i keys[2] = {_mm512_load_si512(laid), _mm512_load_si512(laid + 64)};
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
@@ -225,14 +226,18 @@ INLINE void write_weights(const float* weights, uint8_t* to) {
   memcpy(to + DIGITS * KEYS, &unit, sizeof unit);
 }
 
+// The steps of `weigh_integers`.
+INLINE int weigh_steps(int rows, int dim) { return padded(dim) / ((rows == 4 ? 2 : 4) * LANES) * (KEYS / 4); }
+
 // mean[r] += weights[r] * the values that `lay_values` laid out, for ROWS rows and VECTORS vectors of lanes at a time.
 template <int ROWS>
-void weigh_integers(const uint8_t* laid, int dim, const uint8_t* weights, float* mean) {
+void weigh_integers(const uint8_t* laid, int dim, const uint8_t* weights, float* mean, const uint8_t* next, int ahead) {
   constexpr int VECTORS = ROWS == 4 ? 2 : 4;
   const int lanes = padded(dim);
   for (int at = 0; at < lanes; at += VECTORS * LANES) {
     I32 part[ROWS][DIGITS][VECTORS] = {};
-    for (int t = 0; t < KEYS; t += 4) {
+    for (int t = 0; t < KEYS; t += 4, next += ahead) {
+      fetch(next, ahead);
       __m512i values[VECTORS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) values[v] = _mm512_load_si512(laid + t * lanes + 4 * (at + v * LANES));
