@@ -94,7 +94,7 @@ class Attention {
 #if INTEGERS
     for (int f = 0; f < a.fields; f++)
       if (of_integers(a.scored[f].code)) scored[f].lanes = query_floats(scored[f].dim);
-    if (of_integers(a.value.code)) value.lanes = padded(value.dim);
+    if (of_integers(a.value.code)) value.lanes = value_lanes(a.value.code, value.dim);
 #endif
     int64_t rows = 0;
     for (int64_t b = 0; b < a.batch; b++) first_row.push_back(rows), rows += a.count[b] * a.group;
@@ -161,7 +161,7 @@ class Attention {
   static void each_lane(const Stored& field, const Shape& shape, Then then) {
 #if INTEGERS
     if (of_integers(field.code)) {
-      for (int lane = 0; lane < shape.lanes; lane++) then(lane, dim_of_lane(lane) < shape.dim ? dim_of_lane(lane) : -1);
+      for (int lane = 0; lane < shape.lanes; lane++) then(lane, dim_of_lane(field.code, shape.dim, lane));
       return;
     }
 #endif
@@ -308,11 +308,13 @@ class Attention {
     const float* q = query(f, tile.head, first_row[tile.sequence] + tile.first);
 #if INTEGERS
     if (of_integers(a.scored[f].code)) {
-      uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(shape.dim);
-      lay_keys(spread(a.scored[f].code, from.codes, shape.bytes, shape.dim, bytes), shape.dim, laid);
+      const int code = a.scored[f].code, dim = shape.dim;
+      uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(dim);
+      lay_keys(spread(code, from.codes, shape.bytes, dim, bytes), dim / planes(code), laid);
+      const int ahead = from.ahead ? up(4 * planes(code) * KEYS * shape.bytes, dim) : 0;
       return in_fours((int)tile.rows, [&](int r, auto count) {
-        score_integers<count>(laid, shape.dim, q + r * shape.lanes, scores + r * KEYS, from.ahead,
-                              from.ahead && r == 0 ? up(4 * KEYS * shape.bytes, shape.dim) : 0);
+        auto go = code == LM4 ? score_integers<2, count> : score_integers<1, count>;
+        go(laid, dim, q + r * shape.lanes, scores + r * KEYS, from.ahead, r == 0 ? ahead : 0);
       });
     }
 #endif
@@ -334,13 +336,16 @@ class Attention {
   void weigh_field(const Source& from, int rows, int tokens, bool direct, const float* weights, float* mean, float* decoded) const {
 #if INTEGERS
     if (of_integers(a.value.code)) {
+      const int code = a.value.code;
       uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(value.dim);
       uint8_t* digits = (uint8_t*)(weights + rows * KEYS);
-      lay_values(spread(a.value.code, from.codes, value.bytes, value.dim, bytes), value.dim, laid);
+      lay_values(spread(code, from.codes, value.bytes, value.dim, bytes), value.dim / planes(code), laid);
       for (int r = 0; r < rows; r++) write_weights(weights + r * KEYS, digits + r * WEIGHT_BYTES);
       return in_fours(rows, [&](int r, auto count) {
-        weigh_integers<count>(laid, value.dim, digits + r * WEIGHT_BYTES, mean + r * value.lanes, from.ahead,
-                              from.ahead && !a.latent && r == 0 ? up(KEYS * value.bytes, weigh_steps(count, value.dim)) : 0);
+        auto go = code == LM4 ? weigh_integers<2, count> : weigh_integers<1, count>;
+        const bool fetches = from.ahead && !a.latent && r == 0;
+        go(laid, value.lanes, digits + r * WEIGHT_BYTES, mean + r * value.lanes, from.ahead,
+           fetches ? up(KEYS * value.bytes, weigh_steps(count, value.lanes)) : 0);
       });
     }
 #endif
