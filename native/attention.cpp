@@ -1,7 +1,8 @@
 // attend: causal attention of a step's queries over stored rows; decode, verify and prefill chunk are one operation.
 //
 // The order of every sum is fixed by absolute positions, so a row's bits depend on nothing but the row:
-//   - a score is a dot product of sixteen running sums over the lanes of the row, then added up as `sum` does;
+//   - a score is a dot product of sixteen running sums over the lanes of the row, then added up as `sum` does,
+//     or, where the machine multiplies bytes, a sum of integers, which is exact in any order (integers.h);
 //   - keys are taken in blocks of 32 from position 0 on, each with one step of the online softmax;
 //   - SPLIT keys make a partial result of their own, and partial results are folded one after the other.
 // Who computes which partial result is free. Few rows (a decode step) spread their splits over the threads; many rows

@@ -148,11 +148,10 @@ INLINE void lay_keys(const Bytes& rows, int bytes, uint8_t* to) {
   for (int half = 0; half < 2; half++)
     for (int i = 0; i < bytes; i += 64) {
       __mmask64 held = until(bytes - i);
+      const uint8_t* from = rows.at + 16 * half * rows.stride + i;
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int t = 0; t < 16; t++) {
-        r[t] = _mm512_maskz_loadu_epi8(held, rows.at + (16 * half + t) * rows.stride + i);
-      }
+      for (int t = 0; t < 16; t++, from += rows.stride) r[t] = _mm512_maskz_loadu_epi8(held, from);
       transpose(r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; j++) _mm512_store_si512(to + (i / 4 + j) * 128 + 64 * half, r[j]);
@@ -270,7 +269,6 @@ void weigh_integers(const uint8_t* laid, int lanes, const uint8_t* weights, floa
 
 #else
 #define INTEGERS 0
-INLINE bool of_integers(int) { return false; }
 #endif
 
 }  // namespace
