@@ -1,7 +1,8 @@
 // attend: causal attention of a step's queries over stored rows; decode, verify and prefill chunk are one operation.
 //
 // The order of every sum is fixed by absolute positions, so a row's bits depend on nothing but the row:
-//   - a score is a dot product of sixteen running sums over the lanes of the row, then added up as `sum` does;
+//   - a score is a dot product of sixteen running sums over the lanes of the row, then added up as `sum` does,
+//     or, where the machine multiplies bytes, a sum of integers, which is exact in any order (integers.h);
 //   - keys are taken in blocks of 32 from position 0 on, each with one step of the online softmax;
 //   - SPLIT keys make a partial result of their own, and partial results are folded one after the other.
 // Who computes which partial result is free. Few rows (a decode step) spread their splits over the threads; many rows
@@ -94,7 +95,7 @@ class Attention {
 #if INTEGERS
     for (int f = 0; f < a.fields; f++)
       if (of_integers(a.scored[f].code)) scored[f].lanes = query_floats(scored[f].dim);
-    if (of_integers(a.value.code)) value.lanes = padded(value.dim);
+    if (of_integers(a.value.code)) value.lanes = value_lanes(a.value.code, value.dim);
 #endif
     int64_t rows = 0;
     for (int64_t b = 0; b < a.batch; b++) first_row.push_back(rows), rows += a.count[b] * a.group;
@@ -161,7 +162,7 @@ class Attention {
   static void each_lane(const Stored& field, const Shape& shape, Then then) {
 #if INTEGERS
     if (of_integers(field.code)) {
-      for (int lane = 0; lane < shape.lanes; lane++) then(lane, dim_of_lane(lane) < shape.dim ? dim_of_lane(lane) : -1);
+      for (int lane = 0; lane < shape.lanes; lane++) then(lane, dim_of_lane(field.code, shape.dim, lane));
       return;
     }
 #endif
@@ -284,7 +285,7 @@ class Attention {
     const int64_t* pages = a.pages + tile.sequence * a.width;
     int64_t from = std::max(split * SPLIT, oldest(position(tile.sequence, tile.first)) / KEYS * KEYS);
     int64_t end = std::min((split + 1) * SPLIT, position(tile.sequence, tile.first + rows - 1) + 1);
-    bool direct = rows <= DIRECT;
+    bool direct = rows <= DIRECT && rows != 3;
     for (int64_t key = from; key < end; key += KEYS) {
       int tokens = (int)std::min<int64_t>(KEYS, end - key);
       F32 factor[2][2];
@@ -308,10 +309,13 @@ class Attention {
     const float* q = query(f, tile.head, first_row[tile.sequence] + tile.first);
 #if INTEGERS
     if (of_integers(a.scored[f].code)) {
-      uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(shape.dim);
-      lay_keys(spread(a.scored[f].code, from.codes, shape.bytes, shape.dim, bytes, from.ahead), shape.dim, laid);
+      const int code = a.scored[f].code, dim = shape.dim;
+      uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(dim);
+      lay_keys(spread(code, from.codes, shape.bytes, dim, bytes), dim / planes(code), laid);
+      const int ahead = from.ahead ? up(4 * planes(code) * KEYS * shape.bytes, dim) : 0;
       return in_fours((int)tile.rows, [&](int r, auto count) {
-        score_integers<count>(laid, shape.dim, q + r * shape.lanes, scores + r * KEYS);
+        auto go = code == LM4 ? score_integers<2, count> : score_integers<1, count>;
+        go(laid, dim, q + r * shape.lanes, scores + r * KEYS, from.ahead, r == 0 ? ahead : 0);
       });
     }
 #endif
@@ -319,7 +323,7 @@ class Attention {
       using D = typename decltype(type)::Decoder;
       D decoder(shape.dim);
       if constexpr (DIRECT > 0) {
-        auto go = tile.rows == 1 ? score<D, 1> : score<D, 2>;
+        auto go = tile.rows == 1 ? score<D, 1> : tile.rows == 2 ? score<D, 2> : score<D, 4>;
         if (direct) return go(decoder, from.codes, shape.bytes, shape.units, q, shape.lanes, tokens, scores, from.ahead);
       }
       decode(decoder, from.codes, shape.bytes, shape.units, tokens, decoded, from.ahead);
@@ -333,12 +337,16 @@ class Attention {
   void weigh_field(const Source& from, int rows, int tokens, bool direct, const float* weights, float* mean, float* decoded) const {
 #if INTEGERS
     if (of_integers(a.value.code)) {
+      const int code = a.value.code;
       uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(value.dim);
       uint8_t* digits = (uint8_t*)(weights + rows * KEYS);
-      lay_values(spread(a.value.code, from.codes, value.bytes, value.dim, bytes, a.latent ? nullptr : from.ahead), value.dim, laid);
+      lay_values(spread(code, from.codes, value.bytes, value.dim, bytes), value.dim / planes(code), laid);
       for (int r = 0; r < rows; r++) write_weights(weights + r * KEYS, digits + r * WEIGHT_BYTES);
       return in_fours(rows, [&](int r, auto count) {
-        weigh_integers<count>(laid, value.dim, digits + r * WEIGHT_BYTES, mean + r * value.lanes);
+        auto go = code == LM4 ? weigh_integers<2, count> : weigh_integers<1, count>;
+        const bool fetches = from.ahead && !a.latent && r == 0;
+        go(laid, value.lanes, digits + r * WEIGHT_BYTES, mean + r * value.lanes, from.ahead,
+           fetches ? up(KEYS * value.bytes, weigh_steps(count, value.lanes)) : 0);
       });
     }
 #endif
@@ -346,7 +354,7 @@ class Attention {
       using D = typename decltype(type)::Decoder;
       D decoder(value.dim);
       if constexpr (DIRECT > 0) {
-        auto go = rows == 1 ? weigh<D, 1> : weigh<D, 2>;
+        auto go = rows == 1 ? weigh<D, 1> : rows == 2 ? weigh<D, 2> : weigh<D, 4>;
         if (direct) return go(decoder, from.codes, value.bytes, value.units, weights, tokens, mean, value.lanes, from.ahead);
       }
       if (!a.latent) decode(decoder, from.codes, value.bytes, value.units, tokens, decoded, from.ahead);

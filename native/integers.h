@@ -23,10 +23,16 @@ constexpr float LARGEST_WEIGHT_DIGITS = 16777000;  // digits from 0 to 255
 INLINE bool of_integers(int code) { return code == INT8 || code == LM4 || code == LM3; }
 INLINE int padded(int dim) { return up(dim, 64) * 64; }
 
-// The dim that a lane of a weighted sum stands for: what two rounds of `unpack` make of 64 bytes.
-INLINE int dim_of_lane(int lane) {
-  int place = lane % LANES, vector = lane / LANES;
-  return vector / 4 * 64 + place / 4 * 16 + vector % 4 * 4 + place % 4;
+// Two 4-bit codes share a byte until they are multiplied: one byte of a row then stands for PLANES numbers.
+INLINE int planes(int code) { return code == LM4 ? 2 : 1; }
+
+// The dim that a lane of a weighted sum stands for: what two rounds of `unpack` make of 64 bytes, plane after plane.
+INLINE int value_lanes(int code, int dim) { return planes(code) * padded(dim / planes(code)); }
+
+INLINE int dim_of_lane(int code, int dim, int lane) {
+  int place = lane % LANES, plane = lane / LANES % planes(code), vector = lane / LANES / planes(code);
+  int byte = vector / 4 * 64 + place / 4 * 16 + vector % 4 * 4 + place % 4, held = dim / planes(code);
+  return byte < held ? byte + plane * held : -1;
 }
 
 INLINE __mmask64 until(int bytes) { return bytes >= 64 ? ~0ull : (1ull << bytes) - 1; }
@@ -66,22 +72,22 @@ INLINE I32 dot(I32 to, __m512i unsigned_bytes, __m512i signed_bytes) {
 
 INLINE __m512i four(const void* bytes) { return _mm512_set1_epi32(load<int32_t>(bytes)); }
 
-// Rows of 4- and 3-bit codes become bytes, dim after dim, [tokens, padded dim].
-INLINE void spread4(const uint8_t* row, int dim, uint8_t* to) {
-  const __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)LEVELS4)), low = _mm512_set1_epi8(15);
-  for (int i = 0; i < dim / 2; i += 64) {
-    __mmask64 held = until(dim / 2 - i);
-    __m512i codes = _mm512_maskz_loadu_epi8(held, row + i);
-    __m512i first = _mm512_shuffle_epi8(levels, _mm512_and_si512(codes, low));
-    __m512i second = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
-    if (held == ~0ull) {
-      _mm512_storeu_si512(to + i, first), _mm512_storeu_si512(to + dim / 2 + i, second);
-    } else {
-      _mm512_mask_storeu_epi8(to + i, held, first), _mm512_mask_storeu_epi8(to + dim / 2 + i, held, second);
-    }
+// The numbers of 64 bytes, plus 128 for keys.
+template <int PLANES, bool KEY>
+INLINE void numbers_of(__m512i bytes, __m512i* to) {
+  const __m512i offset = _mm512_set1_epi8(KEY ? -128 : 0);
+  if (PLANES == 1) {
+    to[0] = _mm512_xor_si512(bytes, offset);
+  } else {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i levels =
+        _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)LEVELS4)), offset);
+    to[0] = _mm512_shuffle_epi8(levels, _mm512_and_si512(bytes, low));
+    to[PLANES - 1] = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
   }
 }
 
+// A row of 3-bit codes becomes bytes, dim after dim.
 INLINE void spread3(const uint8_t* row, int dim, uint8_t* to) {
   const I8 levels = load<I8>(LEVELS3);
   const int eighth = dim / 8;
@@ -104,13 +110,9 @@ struct Bytes {
   int stride;
 };
 
-INLINE Bytes spread(int code, const uint8_t* rows, int bytes, int dim, uint8_t* to, const uint8_t* ahead) {
-  if (ahead) fetch(ahead, KEYS * bytes);
-  if (code == INT8) return {rows, bytes};
-  for (int t = 0; t < KEYS; t++) {
-    if (code == LM4) spread4(rows + t * bytes, dim, to + t * padded(dim));
-    else spread3(rows + t * bytes, dim, to + t * padded(dim));
-  }
+INLINE Bytes spread(int code, const uint8_t* rows, int bytes, int dim, uint8_t* to) {
+  if (code != LM3) return {rows, bytes};
+  for (int t = 0; t < KEYS; t++) spread3(rows + t * bytes, dim, to + t * padded(dim));
   return {to, padded(dim)};
 }
 
@@ -141,28 +143,26 @@ INLINE void transpose(__m512i* r) {
   }
 }
 
-// [fours of dims][32 tokens][4]: keys as lanes of tokens, plus 128.
-INLINE void lay_keys(const Bytes& rows, int dim, uint8_t* to) {
+// [fours of bytes][32 tokens][4]: keys as lanes of tokens.
+INLINE void lay_keys(const Bytes& rows, int bytes, uint8_t* to) {
   for (int half = 0; half < 2; half++)
-    for (int i = 0; i < dim; i += 64) {
-      __mmask64 held = until(dim - i);
+    for (int i = 0; i < bytes; i += 64) {
+      __mmask64 held = until(bytes - i);
+      const uint8_t* from = rows.at + 16 * half * rows.stride + i;
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int t = 0; t < 16; t++) {
-        __m512i row = _mm512_maskz_loadu_epi8(held, rows.at + (16 * half + t) * rows.stride + i);
-        r[t] = _mm512_xor_si512(row, _mm512_set1_epi8(-128));
-      }
+      for (int t = 0; t < 16; t++, from += rows.stride) r[t] = _mm512_maskz_loadu_epi8(held, from);
       transpose(r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; j++) _mm512_store_si512(to + (i / 4 + j) * 128 + 64 * half, r[j]);
     }
 }
 
-// [fours of tokens][padded dim][4]: values as lanes of dims.
-INLINE void lay_values(const Bytes& rows, int dim, uint8_t* to) {
+// [fours of tokens][padded bytes][4]: values as lanes of dims.
+INLINE void lay_values(const Bytes& rows, int bytes, uint8_t* to) {
   for (int t = 0; t < KEYS; t += 4)
-    for (int i = 0; i < dim; i += 64, to += 256) {
-      __mmask64 held = until(dim - i);
+    for (int i = 0; i < bytes; i += 64, to += 256) {
+      __mmask64 held = until(bytes - i);
       __m512i r[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) r[j] = _mm512_maskz_loadu_epi8(held, rows.at + (t + j) * rows.stride + i);
@@ -176,8 +176,9 @@ INLINE void lay_values(const Bytes& rows, int dim, uint8_t* to) {
 }
 
 // scores[r][t] = query r * key t for ROWS queries and the 32 keys that `lay_keys` laid out.
-template <int ROWS>
-void score_integers(const uint8_t* laid, int dim, const float* query, float* scores) {
+// The rows that are needed later are fetched a little at a time: `ahead` bytes from `next` on at each step.
+template <int PLANES, int ROWS>
+void score_integers(const uint8_t* laid, int dim, const float* query, float* scores, const uint8_t* next, int ahead) {
   const int stride = padded(dim), row = 4 * query_floats(dim);
   const uint8_t* q = (const uint8_t*)query;
   I32 part[ROWS][DIGITS][2];
@@ -186,16 +187,21 @@ void score_integers(const uint8_t* laid, int dim, const float* query, float* sco
 #pragma GCC unroll 3
     for (int d = 0; d < DIGITS; d++)
       part[r][d][0] = part[r][d][1] = all(load<int32_t>(q + r * row + DIGITS * stride + 4 * d));
-  for (int i = 0; i < dim; i += 4, laid += 128) {
-    __m512i keys[2] = {_mm512_load_si512(laid), _mm512_load_si512(laid + 64)};
+  for (int i = 0; i < dim / PLANES; i += 4, laid += 128, next += ahead) {
+    fetch(next, ahead);
+    __m512i keys[2][PLANES];
+    numbers_of<PLANES, true>(_mm512_load_si512(laid), keys[0]);
+    numbers_of<PLANES, true>(_mm512_load_si512(laid + 64), keys[1]);
+#pragma GCC unroll 2
+    for (int p = 0; p < PLANES; p++)
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++)
+      for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
-      for (int d = 0; d < DIGITS; d++) {
-        __m512i digits = four(q + r * row + d * stride + i);
-        part[r][d][0] = dot(part[r][d][0], keys[0], digits);
-        part[r][d][1] = dot(part[r][d][1], keys[1], digits);
-      }
+        for (int d = 0; d < DIGITS; d++) {
+          __m512i digits = four(q + r * row + d * stride + p * (dim / 2) + i);
+          part[r][d][0] = dot(part[r][d][0], keys[0][p], digits);
+          part[r][d][1] = dot(part[r][d][1], keys[1][p], digits);
+        }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
@@ -225,17 +231,21 @@ INLINE void write_weights(const float* weights, uint8_t* to) {
   memcpy(to + DIGITS * KEYS, &unit, sizeof unit);
 }
 
+// The steps of `weigh_integers`.
+INLINE int weigh_steps(int rows, int lanes) { return lanes / ((rows == 4 ? 2 : 4) * LANES) * (KEYS / 4); }
+
 // mean[r] += weights[r] * the values that `lay_values` laid out, for ROWS rows and VECTORS vectors of lanes at a time.
-template <int ROWS>
-void weigh_integers(const uint8_t* laid, int dim, const uint8_t* weights, float* mean) {
+template <int PLANES, int ROWS>
+void weigh_integers(const uint8_t* laid, int lanes, const uint8_t* weights, float* mean, const uint8_t* next, int ahead) {
   constexpr int VECTORS = ROWS == 4 ? 2 : 4;
-  const int lanes = padded(dim);
   for (int at = 0; at < lanes; at += VECTORS * LANES) {
     I32 part[ROWS][DIGITS][VECTORS] = {};
-    for (int t = 0; t < KEYS; t += 4) {
+    for (int t = 0; t < KEYS; t += 4, next += ahead) {
+      fetch(next, ahead);
       __m512i values[VECTORS];
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) values[v] = _mm512_load_si512(laid + t * lanes + 4 * (at + v * LANES));
+      for (int v = 0; v < VECTORS; v += PLANES)
+        numbers_of<PLANES, false>(_mm512_load_si512(laid + (t * lanes + 4 * (at + v * LANES)) / PLANES), values + v);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
@@ -259,7 +269,6 @@ void weigh_integers(const uint8_t* laid, int dim, const uint8_t* weights, float*
 
 #else
 #define INTEGERS 0
-INLINE bool of_integers(int) { return false; }
 #endif
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 constexpr int KEYS = 32;    // of one block
 #if defined(__AVX512F__)
 constexpr int SUMS = 16;    // running sums in registers
-constexpr int DIRECT = 2;   // rows up to which keys and values go from the decoder into sums without being written down
+constexpr int DIRECT = 4;   // rows (but not three) up to which keys and values go from the decoder into sums without being written down
 #else
 constexpr int SUMS = 4;
 constexpr int DIRECT = 0;
