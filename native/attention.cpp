@@ -100,7 +100,7 @@ class Attention {
     int64_t rows = 0;
     for (int64_t b = 0; b < a.batch; b++) first_row.push_back(rows), rows += a.count[b] * a.group;
     rows_of_head = rows;
-    for (int f = 0; f < a.fields; f++) queries.emplace_back(new (std::align_val_t(64)) float[a.heads * rows * scored[f].lanes]);
+    for (int f = 0; f < a.fields; f++) queries.push_back(floats(a.heads * rows * scored[f].lanes));
   }
 
   void run() {

@@ -236,7 +236,8 @@ INLINE int weigh_steps(int rows, int lanes) { return lanes / ((rows == 4 ? 2 : 4
 
 // mean[r] += weights[r] * the values that `lay_values` laid out, for ROWS rows and VECTORS vectors of lanes at a time.
 template <int PLANES, int ROWS>
-void weigh_integers(const uint8_t* laid, int lanes, const uint8_t* weights, float* mean, const uint8_t* next, int ahead) {
+void weigh_integers(const uint8_t* laid, int lanes, const uint8_t* weights, float* mean, const uint8_t* next,
+                    int ahead) {
   constexpr int VECTORS = ROWS == 4 ? 2 : 4;
   for (int at = 0; at < lanes; at += VECTORS * LANES) {
     I32 part[ROWS][DIGITS][VECTORS] = {};

@@ -203,3 +203,17 @@ def test_rows_of_a_step_that_belong_to_no_sequence_are_zeros() -> None:
     padded = run(cache, step, (torch.cat([query, query]),))
     assert torch.equal(padded[:3], run(cache, step, (query,)))
     assert not padded[3:].any()
+
+
+@every_isa
+@pytest.mark.parametrize("name", ["int8", "kv4", "kv3", "bf16"])
+def test_a_query_of_no_number_spoils_its_own_row_only(name: str) -> None:
+    cache = fill(gqa(2, 64), formats(name, name), [70])
+    step = cache.step([3])
+    (query,) = cache.queries(step, 2)
+    spoiled = query.clone()
+    spoiled[1, 3, 5] = torch.nan
+    whole, got = run(cache, step, (query,)), run(cache, step, (spoiled,))
+    assert got[1, 3].isnan().all()
+    got[1, 3] = whole[1, 3]
+    assert torch.equal(got, whole)
