@@ -2,9 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEER := build/bench/peer/bin
+LLAMA := 0.3.36
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check clean
+CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
+BUILD = $(CMAKE) --build build/$@ --parallel 2
+
+.PHONY: demo test check wheel wheel-test sanitize arm64 bench bench-peer clean
 
 demo: $(VENV)/.run
 	$(BIN)/truekv demo
@@ -18,6 +23,17 @@ check: $(VENV)/.check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# For a machine with nothing else to do. Checkpoints, the peer and the last measurements stay in build/bench.
+bench: $(VENV)/.bench bench-peer
+	$(BIN)/python -m bench.attention
+	$(BIN)/python -m bench.decode --peer llama.cpp
+	$(BIN)/python -m bench.decode --peer transformers
+	$(BIN)/python -m bench.report
+
+# llama.cpp for this machine's processor, from the sources of llama-cpp-python, whose converter stays beside it. The
+# package's own build would make all of llama.cpp's programs' code too; the bench needs libllama alone.
+bench-peer: build/bench/peer/ready
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -30,6 +46,57 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/.run
 
 $(VENV)/.check: $(VENV)/.test
+	touch $@
+
+# Nearly all of it are the embedded models; the sizes are printed.
+wheel: $(VENV)/bin/python
+	rm -rf dist
+	$(BIN)/pip wheel -q --no-deps -w dist .
+	$(BIN)/python tools/wheel.py dist/*.whl
+
+# Installed into an environment of its own. Then built again without a compiler.
+wheel-test: wheel $(VENV)/.run
+	$(BIN)/python tools/wheel.py dist/*.whl native
+	rm -rf build/pure
+	CXX=/bin/false $(BIN)/pip wheel -q --no-deps -w build/pure .
+	$(BIN)/python tools/wheel.py build/pure/*.whl reference
+
+# The tests of the native kernels, stopped by the first wrong address or undefined behaviour.
+sanitize: $(VENV)/.test $(CMAKE)
+	$(CMAKE) -S native -B build/$@ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSANITIZE=ON
+	$(BUILD)
+	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+	$(BIN)/python tools/sanitize.py build/$@ -x -q -p no:cacheprovider tests/kernels/native
+
+# The kernels for 64-bit Arm, cross-compiled and compared with double arithmetic under an emulator.
+arm64: $(CMAKE)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "make arm64 needs $$tool: install the packages g++-aarch64-linux-gnu and qemu-user"; exit 1; }; done
+	$(CMAKE) -S native -B build/$@ -DCHECKS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(BUILD)
+	CTEST_OUTPUT_ON_FAILURE=1 $(BUILD) --target test
+
+$(BIN)/cmake: $(VENV)/bin/python
+	$(BIN)/pip install -q cmake
+
+$(VENV)/.bench: $(VENV)/.run
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	touch $@
+
+build/bench/peer/ready:
+	$(PYTHON) -m venv build/bench/peer
+	$(PEER)/pip install -q cmake
+	$(PEER)/pip download -q --no-deps --no-binary llama-cpp-python -d build/bench llama-cpp-python==$(LLAMA)
+	rm -rf build/bench/llama.cpp && mkdir -p build/bench/llama.cpp
+	tar xzf build/bench/llama_cpp_python-$(LLAMA).tar.gz -C build/bench/llama.cpp --strip-components 1
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PEER)/pip install -q build/bench/llama.cpp
+	$(PEER)/cmake -S build/bench/llama.cpp/vendor/llama.cpp -B build/bench/peer/llama -DCMAKE_BUILD_TYPE=Release \
+	    -DGGML_NATIVE=ON
+	$(PEER)/cmake --build build/bench/peer/llama --target llama --parallel $(shell nproc)
+	library=$$($(PEER)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/llama_cpp/lib && \
+	    mkdir -p $$library && cp -a build/bench/peer/llama/bin/*.so* $$library/
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace ISA {
 
@@ -27,6 +28,7 @@ typedef uint32_t U32 __attribute__((vector_size(64), aligned(64), may_alias));
 typedef uint16_t U16 __attribute__((vector_size(32), aligned(32), may_alias));
 typedef int8_t I8 __attribute__((vector_size(16), aligned(16), may_alias));
 typedef uint8_t U8 __attribute__((vector_size(16), aligned(16), may_alias));
+typedef int16_t I16 __attribute__((vector_size(32), aligned(32), may_alias));
 typedef float F32x8 __attribute__((vector_size(32), may_alias));
 typedef float F32x4 __attribute__((vector_size(16), may_alias));
 
@@ -106,11 +108,67 @@ INLINE float largest(F32 a) {
 #endif
 }
 
-INLINE F32 to_f32(I32 a) { return __builtin_convertvector(a, F32); }
+// Lane i is `sum(a[i])`, in that very order of additions: sixteen sums for the price of four.
+INLINE F32 sums(const F32* a) {
+#if defined(__AVX512F__)
+  // Each step adds halves of what is left of two sums and packs them into one register. The last two steps work
+  // inside quarters, so the sums come out transposed: they go in transposed too.
+  __m512 half[8], quarter[4], pair[2];
+  for (int i = 0; i < 8; i++) {
+    __m512 x = (__m512)a[4 * (2 * i % 4) + 2 * i / 4], y = (__m512)a[4 * ((2 * i + 1) % 4) + (2 * i + 1) / 4];
+    half[i] = _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xEE);
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512 x = half[2 * i], y = half[2 * i + 1];
+    quarter[i] = _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xDD);
+  }
+  for (int i = 0; i < 2; i++) {
+    __m512d x = (__m512d)quarter[2 * i], y = (__m512d)quarter[2 * i + 1];
+    pair[i] = (__m512)_mm512_unpacklo_pd(x, y) + (__m512)_mm512_unpackhi_pd(x, y);
+  }
+  return (F32)(_mm512_shuffle_ps(pair[0], pair[1], 0x88) + _mm512_shuffle_ps(pair[0], pair[1], 0xDD));
+#elif defined(__AVX2__)
+  union U { F32 v; __m256 h[2]; } r;
+  for (int part = 0; part < 2; part++) {
+    __m256 eighth[8], quarter[4], pair[2];
+    for (int i = 0; i < 8; i++) {
+      // As above, with four sums in each half of a register.
+      U x{a[8 * part + 4 * (i % 2) + i / 2]};
+      eighth[i] = x.h[0] + x.h[1];
+    }
+    for (int i = 0; i < 4; i++) {
+      __m256 x = eighth[2 * i], y = eighth[2 * i + 1];
+      quarter[i] = _mm256_permute2f128_ps(x, y, 0x20) + _mm256_permute2f128_ps(x, y, 0x31);
+    }
+    for (int i = 0; i < 2; i++) {
+      __m256d x = (__m256d)quarter[2 * i], y = (__m256d)quarter[2 * i + 1];
+      pair[i] = (__m256)_mm256_unpacklo_pd(x, y) + (__m256)_mm256_unpackhi_pd(x, y);
+    }
+    r.h[part] = _mm256_shuffle_ps(pair[0], pair[1], 0x88) + _mm256_shuffle_ps(pair[0], pair[1], 0xDD);
+  }
+  return r.v;
+#else
+  F32 r;
+  for (int i = 0; i < LANES; i++) r[i] = sum(a[i]);
+  return r;
+#endif
+}
+
+INLINE F32 to_f32(I32 a) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_cvtepi32_ps(0xFFFF, (__m512i)a);
+#else
+  return __builtin_convertvector(a, F32);
+#endif
+}
 
 // 16 bfloat16 numbers, widened.
 INLINE F32 widen(U16 a) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)a), 16);
+#else
   return (F32)(__builtin_convertvector(a, U32) << 16);
+#endif
 }
 
 INLINE F32 load_bf16(const void* from) { return widen(load<U16>(from)); }
@@ -138,6 +196,76 @@ INLINE uint16_t float_to_bf16(float a) {
   return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+INLINE I32 widen(I8 a) {
+#if defined(__AVX512F__)
+  return (I32)_mm512_maskz_cvtepi8_epi32(0xFFFF, (__m128i)a);
+#elif defined(__AVX2__)
+  union U { I32 v; __m256i h[2]; } r;
+  r.h[0] = _mm256_cvtepi8_epi32((__m128i)a);
+  r.h[1] = _mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)a, 8));
+  return r.v;
+#else
+  return __builtin_convertvector(a, I32);
+#endif
+}
+
+// 16 finite fp16 numbers, widened. (Where the machine has no such instruction, infinity and NaN turn finite.)
+INLINE F32 widen_half(U16 a) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_cvtph_ps((__m256i)a);
+#elif defined(__F16C__)
+  union H { U16 v; __m128i h[2]; } x{a};
+  union U { F32 v; __m256 h[2]; } r;
+  r.h[0] = _mm256_cvtph_ps(x.h[0]);
+  r.h[1] = _mm256_cvtph_ps(x.h[1]);
+  return r.v;
+#else
+  U32 bits = __builtin_convertvector(a, U32);
+  // The exponent's bias differs by 112; the product is exact, and subnormal numbers come out right.
+  F32 size = (F32)((bits & 0x7FFF) << 13) * all(0x1p112f);
+  return (F32)((U32)size | ((bits & 0x8000) << 16));
+#endif
+}
+
+INLINE float half_to_float(uint16_t a) {
+#if defined(__F16C__)
+  return _cvtsh_ss(a);
+#else
+  uint32_t bits = (uint32_t)(a & 0x7FFF) << 13, sign = (uint32_t)(a & 0x8000) << 16;
+  float size;
+  memcpy(&size, &bits, 4);
+  size *= 0x1p112f;
+  return sign ? -size : size;
+#endif
+}
+
+// Rounded to the nearest fp16 number, ties to even; |a| is at most 65504.
+INLINE uint16_t float_to_half(float a) {
+  uint32_t bits;
+  memcpy(&bits, &a, 4);
+  uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+  if (size >= 0x38800000) return (uint16_t)(sign | (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13);
+  // A subnormal number: adding 1/2 leaves its multiple of 2^-24 in the low bits.
+  float rounded;
+  memcpy(&rounded, &size, 4);
+  rounded += 0.5f;
+  memcpy(&size, &rounded, 4);
+  return (uint16_t)(sign | (size - 0x3F000000));
+}
+
+// table[index] for each byte of index, whose upper four bits are zero.
+INLINE I8 look_up(I8 table, U8 index) {
+#if defined(__AVX2__)
+  return (I8)_mm_shuffle_epi8((__m128i)table, (__m128i)index);
+#elif defined(__ARM_NEON)
+  return (I8)vqtbl1q_s8((int8x16_t)table, (uint8x16_t)index);
+#else
+  I8 r;
+  for (int i = 0; i < LANES; i++) r[i] = table[index[i]];
+  return r;
+#endif
+}
+
 // e^a within 2 units in the last place; 0 below -87.3, which also takes in minus infinity.
 // Cody and Waite's reduction, and the polynomial of Cephes' expf.
 INLINE F32 exp(F32 a) {
@@ -155,6 +283,12 @@ INLINE F32 exp(F32 a) {
   I32 power = __builtin_convertvector(n, I32);
   F32 result = p * (F32)((power + 127) << 23);
   return (F32)((I32)result & (I32)(a > all(-87.3f)));
+}
+
+// e^a, each lane rounded as the C library rounds it: within 0.51 units. For decays, whose errors a state compounds.
+INLINE F32 exact_exp(F32 a) {
+  for (int i = 0; i < LANES; i++) a[i] = expf(a[i]);
+  return a;
 }
 
 }  // namespace ISA

@@ -44,11 +44,14 @@ def llm(directory: Path, request: pytest.FixtureRequest) -> LLM:
 
 
 def bar(llm: LLM) -> float:
-    """How far logits may be apart when a matrix product sums its rows in another order, as torch's do.
+    """How far logits may be apart: not at all with native kernels, whose rows know nothing of other rows.
 
-    The order alone is worth 1e-5; with int8 it can push a value over a rounding border, worth 1e-3 here.
+    The reference's matrix products sum rows in an order that depends on how many there are. That is worth 1e-4
+    here; with int8 it can push a value over a rounding border, worth 1e-3.
     """
-    return 1e-4 if llm.options.kv_cache_dtype == "f32" else 1e-2
+    if llm._blueprint.kernels.backend == "native":
+        return 0.0
+    return 2e-4 if llm.options.kv_cache_dtype == "f32" else 1e-2
 
 
 def rows_of(result: object) -> torch.Tensor:
@@ -75,7 +78,7 @@ def test_a_batch_is_its_prompts_one_by_one(llm: LLM) -> None:
     assert [result.tokens for result in together] == [result.tokens for result in alone]
     # Tokens alone would not show a small leak between rows; the numbers behind them do.
     for first, second in zip(together, alone, strict=True):
-        assert (rows_of(first) - rows_of(second)).abs().max() < bar(llm)
+        assert (rows_of(first) - rows_of(second)).abs().max() <= bar(llm)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 32, 33, [31, 2, 5]])
@@ -84,7 +87,7 @@ def test_any_chunks_give_the_same_logits(llm: LLM, chunk: int | list[int]) -> No
     whole = llm.logits(tokens, chunk=len(tokens))
     assert whole.shape == (len(tokens), 320)
     assert whole.dtype == torch.float32
-    assert (llm.logits(tokens, chunk=chunk) - whole).abs().max() < bar(llm)
+    assert (llm.logits(tokens, chunk=chunk) - whole).abs().max() <= bar(llm)
     assert_all_returned(llm)
 
 

@@ -7,23 +7,24 @@ import re
 
 import pytest
 import torch
-from memory.toys import HYBRID, Toy, formats_of, gdn, gqa, make_arena, mamba2, model_spec
+from memory.toys import HYBRID, Toy, formats_of, gdn, gqa, make_arena, mamba2, mla, model_spec
 
 from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.folder import members
+from truekv.kernels import table
 from truekv.kernels.table import select
 
 
 def test_every_rule_of_the_folder_is_offered() -> None:
-    kernels = select(model_spec(HYBRID), formats_of(HYBRID))
+    kernels = select(model_spec(HYBRID), formats_of(HYBRID), backend="reference")
     assert set(kernels.scans) == set(members("truekv.kernels.reference", "SCAN")) == {"gdn", "mamba2"}
 
 
 def test_the_table_names_every_operation_of_every_layer_once() -> None:
     layers = (*HYBRID, gqa(dim=64))
-    table = select(model_spec(layers), formats_of(layers, "bf16")).describe()
-    assert table == (
+    rows = select(model_spec(layers), formats_of(layers, "bf16"), backend="reference").describe()
+    assert rows == (
         ("scan gdn key_heads=2 value_heads=4", "reference"),
         ("store k=bf16 2x16", "reference"),
         ("store v=bf16 2x16", "reference"),
@@ -50,7 +51,42 @@ def test_an_unknown_rule_is_refused_by_name() -> None:
     with pytest.raises(
         Refused, match=re.escape("layer 1 of toy: the reference backend has no scan kernel for the rule 'gdn3'")
     ):
-        select(model_spec((mamba2(), unknown)), ((), ()))
+        select(model_spec((mamba2(), unknown)), ((), ()), backend="reference")
+
+
+def test_the_native_backend_is_chosen_where_it_can_run_every_layer() -> None:
+    layers = (gqa(dim=64), mla(latent=64, rope=32))
+    assert select(model_spec(layers), formats_of(layers, "int8")).backend == "native"
+    odd = (gqa(dim=24),)
+    with pytest.raises(Refused, match="a multiple of 16, but the field 'k' has 24"):
+        select(model_spec(odd), formats_of(odd), backend="native")
+
+
+def test_without_a_library_the_reference_runs_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    table._say_slow.cache_clear()
+    monkeypatch.setattr(table, "library", lambda: None)
+    for _ in range(2):
+        assert select(model_spec(HYBRID), formats_of(HYBRID)).backend == "reference"
+    (message,) = caplog.messages
+    assert message == (
+        "the reference kernels run, which are 50-100x slower, because no native library was built: "
+        "install truekv again where there is a C++ compiler"
+    )
+    with pytest.raises(Refused, match="no native library was built"):
+        select(model_spec(HYBRID), formats_of(HYBRID), backend="native")
+
+
+def test_a_rule_without_a_native_scan_runs_in_the_reference_and_the_table_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = (gdn(), mamba2(), gqa(dim=64))
+    known = {"reference": {"gdn": 1, "mamba2": 2}, "native": {"gdn": 3}}
+    monkeypatch.setattr(table, "_scans", known.get)
+    kernels = select(model_spec(layers), formats_of(layers), backend="native")
+    assert kernels.scans == {"gdn": 3, "mamba2": 2}
+    assert [where for name, where in kernels.describe() if name.startswith("scan")] == ["native", "reference"]
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_one() -> None:
@@ -77,7 +113,7 @@ def test_the_reference_has_no_path_that_depends_on_a_length_on_the_host(monkeypa
     """Captured graphs replay with other lengths, so a kernel that reads a number off a tensor is a wrong kernel."""
     layers = (gdn(), gqa(), mamba2())
     toy = Toy(layers)
-    arena = make_arena(layers, drafts=2)
+    arena = make_arena(layers, drafts=2, backend="reference")
     for layer in (*arena._paged(), *arena._states()):
         layer.check_finite = False
     sequence = arena.open()
@@ -92,4 +128,5 @@ def test_the_reference_has_no_path_that_depends_on_a_length_on_the_host(monkeypa
     monkeypatch.setattr("truekv.formats.plain.finite", lambda rows: rows)
     out = toy.forward(step, arena.layers)
     monkeypatch.undo()
-    assert torch.equal(out, toy.plain((1, 2, 3)))
+    fresh = make_arena(layers, backend="reference")
+    assert torch.equal(out, toy.feed(fresh, fresh.open(), [1, 2, 3]))

@@ -431,8 +431,9 @@ def test_what_is_allocated_is_what_was_planned(name: str, drafts: int, dtype: st
 def test_bfloat16_states_keep_their_chunking_invariance() -> None:
     """The convolution's inputs are stored in the compute dtype, so a chunk's edge must not be rounded twice."""
     toy = Toy(RECURRENT)
-    for table in toy.tables:
-        table["conv"] = table["conv"].bfloat16()
+    for table, weights in zip(toy.tables, toy.weights, strict=True):
+        for held in (table, weights):
+            held |= {name: values.bfloat16() for name, values in held.items() if name.startswith("conv")}
     outputs: list[torch.Tensor] = []
     for sizes in ([50], [1], [7, 2]):
         arena = make_arena(RECURRENT, dtype="bfloat16")

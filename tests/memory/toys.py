@@ -76,12 +76,18 @@ def formats_of(layers: tuple[LayerSpec, ...], name: str = "f32") -> tuple[tuple[
 
 
 def make_arena(
-    layers: tuple[LayerSpec, ...] = HYBRID, format_name: str = "f32", *, poison: bool = True, **planned: Any
+    layers: tuple[LayerSpec, ...] = HYBRID,
+    format_name: str = "f32",
+    *,
+    poison: bool = True,
+    backend: str = "auto",
+    **planned: Any,
 ) -> Arena:
     spec = model_spec(layers)
     formats = formats_of(layers, format_name)
     settings: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": 320, "drafts": 0} | planned
-    return Arena(spec, make_plan(layers, format_name, **settings), select(spec, formats), poison=poison)
+    kernels = select(spec, formats, backend=backend)
+    return Arena(spec, make_plan(layers, format_name, **settings), kernels, poison=poison)
 
 
 def make_plan(layers: tuple[LayerSpec, ...], format_name: str = "f32", **settings: Any) -> MemoryPlan:

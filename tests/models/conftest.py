@@ -18,6 +18,8 @@ import transformers
 from truekv.core.batch import Chunk
 from truekv.core.protocols import Model
 from truekv.formats.choice import choose_formats
+from truekv.kernels.native.library import library
+from truekv.kernels.native.ops import OPS as NATIVE
 from truekv.kernels.table import select
 from truekv.memory.arena import Arena
 from truekv.memory.plan import plan
@@ -153,7 +155,10 @@ def _replay(
 
 
 def _parity(tiny: Tiny, *, bar: float = 1e-4, seed: int = 0) -> None:
-    """Every chunking gives transformers' float32 logits within the bar, through the kernels it should."""
+    """Every chunking gives transformers' float32 logits within the bar, through the kernels it should.
+
+    With native operations all chunkings give the same bits.
+    """
     tokens = tokens_of(128, seed)
     expected = tiny.expected(tokens)
     assert 0.8 < expected.std() < 10.0, "the tiny model says nothing, or shouts"
@@ -167,6 +172,14 @@ def _parity(tiny: Tiny, *, bar: float = 1e-4, seed: int = 0) -> None:
         steps = len(cuts)
         assert sum(count for kernel, count in calls.items() if kernel.startswith("attend")) == steps * kinds["Paged"]
         assert sum(count for kernel, count in calls.items() if kernel.startswith("scan")) == steps * kinds["Recurrent"]
+    if library() is None:
+        return
+    model = tiny.checkpoint.load("float32", NATIVE)
+    once, _ = _replay(model, tokens, [TOKENS])
+    error = (once - expected).abs().max().item()
+    assert error <= bar, f"native: {error:.2e}"
+    cut, _ = _replay(model, tokens, chunkings(seed)["random cuts"])
+    assert torch.equal(once, cut)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,9 @@ from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 
+from truekv.kernels.native.library import library
+from truekv.kernels.native.ops import OPS as NATIVE
+
 PROMPT, DECODED = 200, 32
 TOKENS = torch.randperm(256, generator=torch.Generator().manual_seed(3))[: PROMPT + DECODED].tolist()
 SIZES: dict[str, Any] = {
@@ -95,8 +98,9 @@ def test_bfloat16_chooses_the_same_tokens(case: str, save: Any, replay: Any) -> 
     chosen = expected.argmax(-1)
     assert (chosen == torch.arange(len(TOKENS))).float().mean() >= 0.99, "the reference itself loses its place"
     exact, _ = replay(tiny.checkpoint.load("float32"), TOKENS, [len(TOKENS)])
-    model = tiny.checkpoint.load()
-    for cuts in ([PROMPT] + [1] * DECODED, [1] * (PROMPT + DECODED)):
+    reference = tiny.checkpoint.load()
+    native = tiny.checkpoint.load(ops=NATIVE) if library() is not None else reference
+    for model, cuts in ((reference, [PROMPT] + [1] * DECODED), (native, [1] * (PROMPT + DECODED))):
         logits, calls = replay(model, TOKENS, cuts, dtype="bfloat16")
         assert {kernel for kernel in calls if kernel.startswith("attend")} == {"attend[bf16/bf16]"}
         assert (logits.argmax(-1) == chosen).float().mean() >= 0.995

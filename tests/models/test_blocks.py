@@ -12,9 +12,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from truekv.core.config import Config
-from truekv.models.blocks import Linear, RMSNorm
-from truekv.models.ffn import DENSE_EXPERTS, MLP, MlpShape, MoE, MoeShape, Router, Routing, fused_experts
+from truekv.core.ops import Expert, Ops, Part, Routing
+from truekv.core.weights import Weights
+from truekv.kernels.native.ops import OPS as NATIVE
+from truekv.kernels.reference.ops import DENSE_EXPERTS
+from truekv.kernels.reference.ops import OPS as REFERENCE
+from truekv.models.blocks import RMSNorm
+from truekv.models.ffn import MlpShape, MoE, MoeShape, Router, fused_experts
 from truekv.models.rotary import Rotary, read_rope
+
+both = pytest.mark.parametrize("ops", [REFERENCE, NATIVE], ids=["reference", "native"])
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -66,7 +73,7 @@ def test_every_kind_of_frequencies_is_transformers(name: str, partial: float) ->
     kind = name.split(",", maxsplit=1)[0]
     parameters = {"rope_type": kind, "rope_theta": 5e5, "partial_rotary_factor": partial, **ROPES[name]}
     values = {"hidden_size": 64, "num_attention_heads": 1, "head_dim": 64, "max_position_embeddings": 8192}
-    ours = Rotary(read_rope(Config({"rope_parameters": dict(parameters)}), 64, 8192), torch.device("cpu"))
+    ours = Rotary(read_rope(Config({"rope_parameters": dict(parameters)}), 64, 8192), REFERENCE)
     config = LlamaConfig(**values, rope_parameters=dict(parameters))
     if kind == "default":
         theirs, amplitude = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
@@ -78,21 +85,23 @@ def test_every_kind_of_frequencies_is_transformers(name: str, partial: float) ->
     assert ours.angles(torch.tensor([0])).cos[0, 0].item() == pytest.approx(amplitude)
 
 
-def test_a_rotated_head_is_transformers() -> None:
+@both
+def test_a_rotated_head_is_transformers(ops: Ops) -> None:
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, head_dim=32, rope_parameters={"rope_theta": 1e4})
     positions = torch.tensor([0, 1, 7, 4000])
     q_THD, k_THD = random(4, 2, 32), random(4, 1, 32, seed=1)
     cos, sin = LlamaRotaryEmbedding(config)(q_THD, positions[None])
     theirs = apply_rotary_pos_emb(q_THD.transpose(0, 1)[None], k_THD.transpose(0, 1)[None], cos, sin)
-    angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 32, 8192), torch.device("cpu")).angles(positions)
+    angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 32, 8192), ops).angles(positions)
     for ours, expected in zip((q_THD, k_THD), theirs, strict=True):
         torch.testing.assert_close(angles.rotate(ours), expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
 
 
+@both
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_scores_depend_on_the_distance_alone_and_the_rest_of_a_head_is_kept(interleaved: bool) -> None:
+def test_scores_depend_on_the_distance_alone_and_the_rest_of_a_head_is_kept(interleaved: bool, ops: Ops) -> None:
     rope = read_rope(Config({"rope_theta": 100.0}), 32, 64, partial=0.5, interleaved=interleaved)
-    rotary = Rotary(rope, torch.device("cpu"))
+    rotary = Rotary(rope, ops)
     q_1HD, k_1HD = random(1, 1, 32), random(1, 1, 32, seed=1)
 
     def score(at: int, of: int) -> float:
@@ -105,12 +114,13 @@ def test_scores_depend_on_the_distance_alone_and_the_rest_of_a_head_is_kept(inte
     assert score(9, 4) != pytest.approx(score(9, 3), rel=1e-3)
 
 
+@both
 @pytest.mark.parametrize(("theirs", "zero_centred"), [(LlamaRMSNorm, False), (Qwen3NextRMSNorm, True)])
-def test_norms_are_transformers(theirs: Any, zero_centred: bool) -> None:
+def test_norms_are_transformers(theirs: Any, zero_centred: bool, ops: Ops) -> None:
     norm = theirs(48, eps=1e-5)
     norm.weight.data.copy_(random(48) * 0.3 + (0.0 if zero_centred else 1.0))
     x = random(5, 48, seed=2) * torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4])[:, None]
-    ours = RMSNorm(norm.weight.data, 1e-5, zero_centred=zero_centred)
+    ours = RMSNorm(ops, norm.weight.data, 1e-5, zero_centred=zero_centred)
     torch.testing.assert_close(ours(x), norm(x), rtol=1e-6, atol=1e-7)
     half = x.to(torch.bfloat16)
     assert ours(half).dtype == torch.bfloat16
@@ -124,9 +134,10 @@ def _by_expert(chosen: tuple[torch.Tensor, torch.Tensor], experts: int) -> torch
     return torch.zeros(len(weights), experts).scatter(1, indices, weights)
 
 
+@both
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_sigmoid_routing_with_a_correction_is_transformers(groups: int, normalised: bool) -> None:
+def test_sigmoid_routing_with_a_correction_is_transformers(groups: int, normalised: bool, ops: Ops) -> None:
     config = DeepseekV3Config(
         hidden_size=32,
         n_routed_experts=16,
@@ -142,12 +153,13 @@ def test_sigmoid_routing_with_a_correction_is_transformers(groups: int, normalis
     routing = Routing(16, 3, "sigmoid", normalised, 2.5, groups, max(1, groups // 2))
     x = random(200, 32, seed=2)
     _, weights, indices = router(x)
-    ours = Router(routing, router.weight.data, router.e_score_correction_bias)(x)
+    ours = Router(ops, routing, router.weight.data, router.e_score_correction_bias)(x)
     torch.testing.assert_close(_by_expert(ours, 16), _by_expert((weights, indices), 16).detach())
 
 
+@both
 @pytest.mark.parametrize("groups", [1, 4])
-def test_softmax_routing_within_groups_is_transformers(groups: int) -> None:
+def test_softmax_routing_within_groups_is_transformers(groups: int, ops: Ops) -> None:
     config = DeepseekV2Config(
         hidden_size=32,
         n_routed_experts=16,
@@ -162,48 +174,53 @@ def test_softmax_routing_within_groups_is_transformers(groups: int) -> None:
     x = random(200, 32, seed=2)
     _, weights, indices = router(x)
     routing = Routing(16, 3, "softmax", normalised=False, scale=1.5, groups=groups, kept_groups=max(1, groups // 2))
-    ours = Router(routing, router.weight.data)(x)
+    ours = Router(ops, routing, router.weight.data)(x)
     torch.testing.assert_close(_by_expert(ours, 16), _by_expert((weights, indices), 16).detach())
 
 
+@both
 @pytest.mark.parametrize("experts", [DENSE_EXPERTS, DENSE_EXPERTS + 1])
-@pytest.mark.parametrize(("gated", "activation"), [(True, "silu"), (False, "relu2")])
-def test_a_mixture_is_the_weighted_sum_of_the_chosen_experts(experts: int, gated: bool, activation: Any) -> None:
-    up = random(experts, 24 if gated else 12, 16)
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_a_mixture_is_the_weighted_sum_of_the_chosen_experts(experts: int, activation: Any, ops: Ops) -> None:
+    up = random(experts, 24 if activation == "swiglu" else 12, 16)
     down = random(experts, 16, 12, seed=1)
-    parts = fused_experts(up, down, activation, gated=gated)
-    router = Router(Routing(experts, 2), random(experts, 16, seed=2))
-    shared, gate = MlpShape(16, 8), Linear(random(1, 16, seed=3))
-    weights = {name: random(*shape, seed=4) for name, shape in shared.tensors("s.").items()}
+    router = Router(ops, Routing(experts, 2), random(experts, 16, seed=2))
+    shape, gate = MlpShape(16, 8), random(1, 16, seed=3)
+    weights = {name: random(*size, seed=4) for name, size in shape.tensors("s.").items()}
+    shared = shape.build(Weights(weights, ops), "s.")
     x = random(9, 16, seed=5)
-    out = MoE(router, parts, shared.build(weights, "s."), gate)(x)
+    mixed = ops.experts(experts, fused_experts(up, down), activation)
+    out = MoE(router, mixed, shared, ops.matrix([Part(gate)]))(x)
     chosen_weights, chosen = router(x)
     for token in range(9):
-        expected = torch.sigmoid(gate(x[token])) * shared.build(weights, "s.")(x[token])
+        expected = torch.sigmoid(gate @ x[token]) * shared(x[token : token + 1])[0]
         for weight, index in zip(chosen_weights[token], chosen[token].tolist(), strict=True):
-            expected = expected + weight * _expert(up[index], down[index], x[token], gated=gated)
+            expected = expected + weight * _expert(up[index], down[index], x[token], activation)
         torch.testing.assert_close(out[token], expected, rtol=1e-4, atol=1e-4)
 
 
-def _expert(up: torch.Tensor, down: torch.Tensor, x: torch.Tensor, *, gated: bool) -> torch.Tensor:
-    if not gated:
+def _expert(up: torch.Tensor, down: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "relu2":
         return down @ (up @ x).clamp(min=0.0) ** 2
     a, b = (up @ x).chunk(2)
     return down @ (a / (1.0 + (-a).exp()) * b)
 
 
-def test_an_expert_that_overflows_for_others_tokens_changes_nothing() -> None:
+@both
+def test_an_expert_that_overflows_for_others_tokens_changes_nothing(ops: Ops) -> None:
     """The dense path runs every expert on every token: what it was not asked must not leak, not even as NaN."""
-    quiet = MLP(None, Linear(random(8, 16)), Linear(random(16, 8)), "relu2")
-    loud = MLP(None, Linear(torch.full((8, 16), 1e30)), Linear(torch.full((16, 8), 1e30)), "relu2")
+    quiet = Expert((random(8, 16),), random(16, 8))
+    loud = Expert((torch.full((8, 16), 1e30),), torch.full((16, 8), 1e30))
     weight = torch.stack((torch.ones(16), -torch.ones(16)))
     x = random(3, 16).abs()
-    out = MoE(Router(Routing(2, 1), weight), [quiet, loud])(x)
-    assert not torch.isfinite(loud(x)).any()
-    torch.testing.assert_close(out, quiet(x))
+    out = MoE(Router(ops, Routing(2, 1), weight), ops.experts(2, [quiet, loud], "relu2"))(x)
+    everything, first = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64)
+    assert not torch.isfinite(ops.experts(1, [loud], "relu2")(x, everything, first)).any()
+    torch.testing.assert_close(out, ops.experts(1, [quiet], "relu2")(x, everything, first))
 
 
-def test_fused_experts_are_views_and_both_layouts_have_the_same_numbers() -> None:
+@both
+def test_both_layouts_of_experts_have_the_same_numbers(ops: Ops) -> None:
     shape = MoeShape(Routing(4, 2), 16, 12, shared_inner=8, shared_gate=True)
     apart = {name: random(*size, seed=index) for index, (name, size) in enumerate(shape.tensors("m.").items())}
     fused = {name: tensor for name, tensor in apart.items() if ".experts." not in name}
@@ -215,7 +232,9 @@ def test_fused_experts_are_views_and_both_layouts_have_the_same_numbers() -> Non
     fused["m.experts.down_proj"] = parts["down_proj"]
     assert {name: tuple(item.shape) for name, item in fused.items()} == shape.tensors("m.", fused=True)
     x = random(5, 16, seed=99)
-    assert torch.equal(shape.build(apart, "m.")(x), shape.build(fused, "m.")(x))
-    built = shape.build(fused, "m.").experts[3]
-    assert isinstance(built, MLP)
-    assert built.down.weight.untyped_storage().data_ptr() == fused["m.experts.down_proj"].untyped_storage().data_ptr()
+    results: list[torch.Tensor] = []
+    for tensors in (apart, fused):
+        weights = Weights(tensors, ops)
+        results.append(shape.build(weights, "m.")(x))
+        assert not weights, "every tensor was taken"
+    assert torch.equal(*results)

@@ -148,7 +148,7 @@ def test_a_tied_checkpoint_may_hold_its_head_twice(save: Any, replay: Any) -> No
 def test_decays_stay_exact_in_bfloat16(mixture: Any) -> None:
     weights = load_file(mixture.directory / "model.safetensors")
     recurrence = mixture.checkpoint.load("bfloat16").layers[0].mixer[1]
-    assert recurrence.qkv.weight.dtype == torch.bfloat16
+    assert recurrence.inputs.parts[0].weight.dtype == torch.bfloat16
     prefix = "model.layers.0.linear_attn."
     torch.testing.assert_close(recurrence.rate_H, -weights[f"{prefix}A_log"].exp())
     assert torch.equal(recurrence.dt_bias_H, weights[f"{prefix}dt_bias"])

@@ -11,8 +11,8 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 from truekv.core.config import Config
 from truekv.core.errors import Refused
+from truekv.kernels.reference.ops import DENSE_EXPERTS
 from truekv.models.families.deepseek import FAMILY
-from truekv.models.ffn import DENSE_EXPERTS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -184,4 +184,4 @@ def test_the_bias_that_chooses_experts_is_never_rounded(save: Any) -> None:
     stored = tiny.reference.model.layers[1].mlp.gate.e_score_correction_bias
     assert not torch.equal(stored.bfloat16().float(), stored), "this bias could not tell"
     assert torch.equal(model.layers[1].ffn[1].router.bias, stored)
-    assert model.layers[1].ffn[1].experts[0].up.weight.dtype == torch.bfloat16
+    assert model.layers[1].ffn[1].experts.experts[0][0].dtype == torch.bfloat16

@@ -17,7 +17,7 @@ from transformers.models.qwen3_5_moe import (
 )
 from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from truekv.models.ffn import DENSE_EXPERTS
+from truekv.kernels.reference.ops import DENSE_EXPERTS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,

@@ -9,8 +9,8 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from truekv.core.config import Config
 from truekv.core.errors import Refused
+from truekv.kernels.reference.ops import DENSE_EXPERTS
 from truekv.models.families.granitemoehybrid import FAMILY
-from truekv.models.ffn import DENSE_EXPERTS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,

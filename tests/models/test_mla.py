@@ -102,6 +102,7 @@ def test_no_weight_is_needed_twice(save: Any) -> None:
     """The up-projection lives on only in its two folded halves, as large together as the original."""
     tiny = save(DeepseekV2ForCausalLM, DeepseekV2Config(**SIZES))
     mla = tiny.checkpoint.load("float32").layers[0].mixer[1]
-    assert mla.key_HNL.numel() + mla.value_HLV.numel() == 4 * (16 + 24) * 32
-    assert mla.key_HNL.untyped_storage().nbytes() == mla.key_HNL.nbytes
-    assert mla.value_HLV.untyped_storage().nbytes() == mla.value_HLV.nbytes
+    key, value = mla.key.weight_HIO, mla.value.weight_HIO
+    assert key.numel() + value.numel() == 4 * (16 + 24) * 32
+    assert key.untyped_storage().nbytes() == key.nbytes
+    assert value.untyped_storage().nbytes() == value.nbytes

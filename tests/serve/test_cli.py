@@ -45,7 +45,7 @@ def test_help_answers_without_torch_and_fast() -> None:
 
 
 def test_every_command_explains_itself(truekv: Call) -> None:
-    for command in ("generate", "chat", "plan", "formats", "calibrate", "demo"):
+    for command in ("generate", "chat", "plan", "formats", "doctor", "calibrate", "demo"):
         done = truekv(command, "--help")
         assert done.code == 0
         assert f"truekv {command}" in done.out

@@ -71,7 +71,7 @@ def test_a_result_says_everything_and_is_json(llm: LLM) -> None:
     layer = result.kv_plan["layers"][0]
     # int8: one byte for each of 2 heads of 64, and one fp16 scale a head; for K and V.
     assert (layer["formats"], layer["bytes_per_token"]) == ({"k": "int8", "v": "int8"}, 2 * 2 * (64 + 2))
-    assert result.kv_plan["kernels"]["attend k=int8 2x64, v=int8 2x64"] == "reference"
+    assert result.kv_plan["kernels"]["attend k=int8 2x64, v=int8 2x64"] == "native"
     data = msgspec.json.encode(result)
     assert msgspec.json.decode(data, type=Result) == result
     assert list(json.loads(data)) == [field.name for field in fields(Result)]

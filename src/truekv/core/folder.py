@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import pkgutil
+from pathlib import Path
 from typing import TypeVar
 
 from truekv.core.errors import Refused
@@ -16,12 +16,14 @@ T = TypeVar("T")
 @functools.cache
 def members(package: str, attribute: str) -> dict[str, object]:
     """Return {module name: its `attribute`} for every module of a package that defines it."""
-    path = importlib.import_module(package).__path__
+    folders = importlib.import_module(package).__path__
+    # Only sources: a shared library beside them would pass for an extension module.
+    names = {file.stem for folder in folders for file in Path(folder).glob("*.py")} - {"__init__"}
     found: dict[str, object] = {}
-    for module in sorted(pkgutil.iter_modules(path), key=lambda item: item.name):
-        value = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, None)
+    for name in sorted(names):
+        value = getattr(importlib.import_module(f"{package}.{name}"), attribute, None)
         if value is not None:
-            found[module.name] = value
+            found[name] = value
     return found
 
 

@@ -31,6 +31,8 @@ class EngineOptions:
     """Draft tokens that a step may verify: the capacity of the replay log."""
     memory: int | None = None
     """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need."""
+    kernel_backend: str = "auto"
+    """auto, native or reference; auto is native where its library was built and can run every layer."""
     debug_poison: bool = False
     """Fill free and unwritten memory with NaN so that any stale read shows."""
 

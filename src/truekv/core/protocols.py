@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from truekv.core.config import Config
     from truekv.core.lazy import torch
     from truekv.core.spec import Field, ModelSpec, Recurrent
+    from truekv.core.weights import Weights
 
 
 @runtime_checkable
@@ -65,7 +66,45 @@ class CacheFormat(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+class RowFrame(Protocol):
+    """What happens to a row once, outside of the loop that reads the cache; see formats/frame.py."""
+
+    @property
+    def centre(self) -> torch.Tensor | None:
+        """Float32 [heads, dim] that is subtracted first, or None."""
+        ...
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """Float32 [heads, dim] that rows are divided by then, or None."""
+        ...
+
+    @property
+    def rotated(self) -> bool:
+        """Whether rows are multiplied by the Hadamard matrix last."""
+        ...
+
+    def rotation(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return that matrix in parts, for kernels: signs float64 [dim] and Paley's matrix float64 [P, P].
+
+        H = (P kron S) diag(signs) / sqrt(dim), where S is Sylvester's matrix of order dim / P.
+        """
+        ...
+
+    def rows(self, x_THD: torch.Tensor) -> torch.Tensor:
+        """Take rows [T, heads, dim] into the frame: what the codec encodes, float32."""
+        ...
+
+    def query(self, q_TQD: torch.Tensor) -> torch.Tensor:
+        """Take queries [T, query heads, dim] into the frame, where they meet stored keys."""
+        ...
+
+    def output(self, o_TQD: torch.Tensor) -> torch.Tensor:
+        """Take averages [T, query heads, dim] of stored rows out of the frame."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Stored:
     """One field of one layer as it lies in memory, for kernels to read and write.
 
@@ -75,6 +114,7 @@ class Stored:
 
     field: Field
     format: CacheFormat
+    frame: RowFrame
     data: torch.Tensor
     start: int
     page_tokens: int
@@ -151,8 +191,8 @@ class Architecture(Protocol):
         """Regular expressions (full match) of tensors a checkpoint may hold and text inference does not use."""
         ...
 
-    def build(self, weights: Mapping[str, torch.Tensor]) -> Model:
-        """Compose the model; `weights` holds exactly `tensors`, in the compute dtype."""
+    def build(self, weights: Weights) -> Model:
+        """Compose the model; `weights` holds exactly `tensors`, in the compute dtype, and the operations on them."""
         ...
 
 

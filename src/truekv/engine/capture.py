@@ -8,11 +8,13 @@ A forward that is not a function of its Step's tensors alone therefore shows her
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from truekv.core.batch import Step
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
+from truekv.kernels.native.library import library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +75,10 @@ def _record(function: Callable[[Step], torch.Tensor], step: Step) -> tuple[list[
                 launches.append((func, args, kwargs or {}, results))
             return produced
 
-    with Recorder():
+    native = library()
+    # torch does not see the calls of native kernels, so the library reports them itself.
+    calls = native.recorded(lambda call: launches.append((call, (), {}, []))) if native else nullcontext()
+    with Recorder(), calls:
         output = function(step)
     return launches, output
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
 from truekv.core.spec import Paged
-from truekv.formats.rotation import rotate, unrotate
+from truekv.formats.rotation import parts, rotate, unrotate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +79,10 @@ class Frame:
         if self.centre is not None:
             output = output + _grouped(self.centre, output.shape[-2])
         return output
+
+    def rotation(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rotation of rows of `dim` numbers in parts; see core.protocols.RowFrame."""
+        return parts(dim)
 
     def to(self, device: torch.device | str) -> Frame:
         """Return the frame on a device."""

@@ -52,6 +52,12 @@ def matrix(dim: int) -> torch.Tensor:
     return (_signed(dim, torch.device("cpu")) * (1 / math.sqrt(dim))).float()
 
 
+def parts(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return signs float64 [D] and Paley's matrix float64 [P, P]; see core.protocols.RowFrame.rotation."""
+    paley = torch.tensor(_paley(_factors(dim)[0]), dtype=torch.float64)
+    return torch.tensor(signs(dim), dtype=torch.float64), paley
+
+
 def _multiply(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     # Entries are +1 and -1, so the products are exact and so are their sums.
     return ((on_grid(rows) @ factor) * (1 / math.sqrt(rows.shape[-1]))).float()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import pkgutil
 from collections import Counter
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from truekv.core.errors import Refused
 from truekv.core.folder import choose, members
 from truekv.core.spec import Paged, Recurrent
+from truekv.kernels.native.library import library
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,10 +22,14 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
+    from truekv.core.ops import Ops
     from truekv.core.protocols import CacheFormat, ScanKernel, Stored
     from truekv.core.spec import LayerSpec, ModelSpec
 
 Formats = tuple["CacheFormat", ...]
+NATIVE: Final = "native"
+REFERENCE: Final = "reference"
+_NOT_BUILT: Final = "no native library was built: install truekv again where there is a C++ compiler"
 
 
 class PagedKernels(Protocol):
@@ -33,7 +40,10 @@ class PagedKernels(Protocol):
         ...
 
     def store(self, stored: Stored, rows: torch.Tensor, step: Step) -> None:
-        """Encode rows [T, heads, dim] and write them to the step's pages and lines."""
+        """Take rows [T, heads, dim] into their frame, encode them and write them to the step's pages and lines.
+
+        Raises Corrupted if a row is not finite, before any of them is written.
+        """
         ...
 
     def attend(
@@ -44,7 +54,10 @@ class PagedKernels(Protocol):
         window: int | None,
         step: Step,
     ) -> torch.Tensor:
-        """Attend to stored rows; see kernels/reference/paged.py, which is the specification."""
+        """Attend to stored rows with queries as the model made them, and return averages of such rows.
+
+        See kernels/reference/paged.py, which is the specification.
+        """
         ...
 
 
@@ -55,6 +68,7 @@ class Kernels:
     backend: str
     paged: PagedKernels
     scans: Mapping[str, ScanKernel]
+    ops: Ops
     rows: tuple[tuple[str, str], ...]
     calls: Counter[str] = field(default_factory=Counter[str], compare=False)
 
@@ -94,51 +108,84 @@ class Kernels:
 
 
 def select(
-    spec: ModelSpec, formats: Seq[Formats | None], draft_formats: Seq[Formats | None] = (), backend: str = "reference"
+    spec: ModelSpec, formats: Seq[Formats | None], draft_formats: Seq[Formats | None] = (), backend: str = "auto"
 ) -> Kernels:
     """Choose the kernels of a model, or refuse before anything is allocated.
 
     `formats` holds one tuple per layer of `spec.layers`, with one format per field of a paged
     layer and none otherwise; `draft_formats` likewise for `spec.draft_layers`, or nothing.
+    `backend` names a folder beside this file, or is auto: native where its library was built and
+    refuses no layer, else reference. A rule that the backend has no scan for runs in the reference.
     """
-    package = f"{__package__}.{choose('kernel backend', backend, _backends())}"
-    paged = cast("PagedKernels", importlib.import_module(f"{package}.paged"))
-    scans = cast("dict[str, ScanKernel]", members(package, "SCAN"))
+    layers = list(zip(spec.layers, formats, strict=True))
+    if draft_formats:
+        layers += zip(spec.draft_layers, draft_formats, strict=True)
+    chosen = _fastest(layers) if backend == "auto" else choose("kernel backend", backend, _backends())
+    if chosen == NATIVE and library() is None:
+        raise Refused(f"{_NOT_BUILT}, or use the reference backend")
+    paged = _paged(chosen)
+    scans = {rule: (name, kernel) for name in (REFERENCE, chosen) for rule, kernel in _scans(name).items()}
     rows: dict[str, str] = {}
-    draft_layers = spec.draft_layers if draft_formats else ()
-    for layers, chosen in ((spec.layers, formats), (draft_layers, draft_formats)):
-        for index, (layer, names) in enumerate(zip(layers, chosen, strict=True)):
-            for operation in _operations(layer, names or (), paged, scans, f"layer {index} of {spec.family}", backend):
-                rows[operation] = backend
-    return Kernels(backend, paged, MappingProxyType(scans), tuple(rows.items()))
+    for index, (layer, names) in enumerate(layers):
+        where = f"layer {index} of {spec.family}"
+        if isinstance(layer, Paged):
+            if reason := _refusal(chosen, layer, names or ()):
+                raise Refused(f"{where}: {reason}")
+            rows |= dict.fromkeys(_paged_operations(layer, names or ()), chosen)
+        elif isinstance(layer, Recurrent):
+            if layer.rule not in scans:
+                raise Refused(
+                    f"{where}: the {chosen} backend has no scan kernel for the rule '{layer.rule}'; "
+                    f"it has {', '.join(sorted(scans))}"
+                )
+            sizes = " ".join(f"{name}={size}" for name, size in layer.sizes)
+            rows[f"scan {layer.rule} {sizes}".strip()] = scans[layer.rule][0]
+    kernels = MappingProxyType({rule: kernel for rule, (_, kernel) in scans.items()})
+    return Kernels(chosen, paged, kernels, _ops(chosen), tuple(rows.items()))
 
 
-def _operations(
-    layer: LayerSpec,
-    formats: Formats,
-    paged: PagedKernels,
-    scans: Mapping[str, ScanKernel],
-    where: str,
-    backend: str,
-) -> list[str]:
-    if isinstance(layer, Paged):
-        reason = paged.refusal(layer, formats)
-        if reason is not None:
-            raise Refused(f"{where}: {reason}")
-        fields = [
-            f"{item.name}={chosen.name} {item.heads}x{item.dim}"
-            for item, chosen in zip(layer.fields, formats, strict=True)
-        ]
-        window = f", window {layer.window}" if layer.window is not None else ""
-        return [f"store {text}" for text in fields] + [f"attend {', '.join(fields)}{window}"]
-    if isinstance(layer, Recurrent):
-        if layer.rule not in scans:
-            raise Refused(
-                f"{where}: the {backend} backend has no scan kernel for the rule '{layer.rule}'; "
-                f"it has {', '.join(sorted(scans))}"
-            )
-        return [f"scan {layer.rule} {' '.join(f'{name}={size}' for name, size in layer.sizes)}".strip()]
-    return []
+def fastest_ops() -> Ops:
+    """Return the operations of the fastest backend that is there, for a pass that stores rows as they are."""
+    return _ops(NATIVE if library() else REFERENCE)
+
+
+def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]]) -> str:
+    """Return the native backend if it can run every paged layer, else the reference."""
+    reasons = (_refusal(NATIVE, layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
+    reason = (next((text for text in reasons if text), None)) if library() else _NOT_BUILT
+    if reason is None:
+        return NATIVE
+    _say_slow(reason)
+    return REFERENCE
+
+
+@functools.cache
+def _say_slow(reason: str) -> None:
+    logging.getLogger("truekv").warning("the reference kernels run, which are 50-100x slower, because %s", reason)
+
+
+def _paged(backend: str) -> PagedKernels:
+    return cast("PagedKernels", importlib.import_module(f"{__package__}.{backend}.paged"))
+
+
+def _ops(backend: str) -> Ops:
+    return cast("Ops", importlib.import_module(f"{__package__}.{backend}.ops").OPS)
+
+
+def _scans(backend: str) -> dict[str, ScanKernel]:
+    return cast("dict[str, ScanKernel]", members(f"{__package__}.{backend}", "SCAN"))
+
+
+def _refusal(backend: str, layer: Paged, formats: Formats) -> str | None:
+    return _paged(backend).refusal(layer, formats)
+
+
+def _paged_operations(layer: Paged, formats: Formats) -> list[str]:
+    fields = [
+        f"{item.name}={chosen.name} {item.heads}x{item.dim}" for item, chosen in zip(layer.fields, formats, strict=True)
+    ]
+    window = f", window {layer.window}" if layer.window is not None else ""
+    return [f"store {text}" for text in fields] + [f"attend {', '.join(fields)}{window}"]
 
 
 def _backends() -> dict[str, str]:

@@ -64,11 +64,10 @@ class PagedLayer:
         self.layer = layer
         self.kernels = kernels
         self.check_finite = check_finite
-        self.frames = tuple(frames)
         stored: list[Stored] = []
         start = 0
-        for field, chosen in zip(layer.fields, formats, strict=True):
-            stored.append(Stored(field, chosen, self.data, start, page_tokens))
+        for field, chosen, frame in zip(layer.fields, formats, frames, strict=True):
+            stored.append(Stored(field, chosen, frame, self.data, start, page_tokens))
             start += page_tokens * row_bytes(field, chosen)
         self.stored = tuple(stored)
 
@@ -81,17 +80,9 @@ class PagedLayer:
         """
         if self.check_finite:
             self._check(rows)
-        framed_queries: list[torch.Tensor] = []
-        remaining = list(queries)
-        for field, frame, stored, values in zip(self.layer.fields, self.frames, self.stored, rows, strict=True):
-            self.kernels.store(stored, frame.rows(values), step)
-            if field.role != "value":
-                framed_queries.append(frame.query(remaining.pop(0)))
-        out = self.kernels.attend(tuple(framed_queries), self.stored, scale, self.layer.window, step)
-        for field, frame in zip(self.layer.fields, self.frames, strict=True):
-            if field.role != "key":
-                out = frame.output(out)
-        return out.to(queries[0].dtype)
+        for stored, values in zip(self.stored, rows, strict=True):
+            self.kernels.store(stored, values, step)
+        return self.kernels.attend(queries, self.stored, scale, self.layer.window, step)
 
     def erase(self, pages: Seq[int]) -> None:
         """Fill whole pages with poison."""
@@ -112,9 +103,10 @@ class PagedLayer:
         return (self.data,)
 
     def _check(self, rows: tuple[torch.Tensor, ...]) -> None:
+        if self.kernels.ops.finite(*rows):
+            return
         for field, values in zip(self.layer.fields, rows, strict=True):
-            if not bool(torch.isfinite(values).all()):
-                bad = int((~torch.isfinite(values)).any(-1).any(-1).sum())
+            if bad := int((~torch.isfinite(values)).any(-1).any(-1).sum()):
                 raise Corrupted(
                     f"{self.name}: the rows of '{field.name}' hold NaN or infinity for {bad} of {len(values)} tokens; "
                     "nothing was stored: check the weights and the compute dtype"

@@ -86,9 +86,9 @@ class StateLayer:
             self._check_slots(step)
             self._check_finite("the input", inputs)
         out = self.kernels.scan(self.layer, inputs, weights, self.state, self.log, step)
-        self.folded[step.slot] = step.position + step.certain
+        self.folded.index_copy_(0, step.slot, step.position + step.certain)
         if self.check_finite:
-            self._check_finite("the state", {name: slab[step.slot] for name, slab in self.state.items()})
+            self._check_finite("the state", self.state, step.slot)
         return out
 
     def open(self, slot: int) -> None:
@@ -113,7 +113,7 @@ class StateLayer:
         return (*self.state.values(), *self.log.values(), self.folded)
 
     def _check_slots(self, step: Step) -> None:
-        held = self.folded[step.slot]
+        held = self.folded.index_select(0, step.slot)
         expected = step.position - step.replay
         if not torch.equal(held, expected):
             row = int((held != expected).nonzero()[0, 0])
@@ -122,10 +122,11 @@ class StateLayer:
                 f"expects {int(expected[row])}; the sequence must be closed and computed again"
             )
 
-    def _check_finite(self, what: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise Corrupted(
-                    f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
-                    "check the weights and the compute dtype"
-                )
+    def _check_finite(self, what: str, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
+        finite = self.kernels.ops.finite
+        if not finite(*tensors.values(), rows=rows):
+            name = next(name for name, tensor in tensors.items() if not finite(tensor, rows=rows))
+            raise Corrupted(
+                f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
+                "check the weights and the compute dtype"
+            )

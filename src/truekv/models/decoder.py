@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from truekv.core.spec import ModelSpec
-from truekv.models.blocks import Embedding, Head, RMSNorm, Shapes
+from truekv.models.blocks import Embedding, Head, RMSNorm, Shapes, norm
 from truekv.models.ffn import MoeShape
 from truekv.models.rotary import Rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
     from truekv.core.protocols import LayerMemory
     from truekv.core.spec import LayerSpec
+    from truekv.core.weights import Weights
     from truekv.models.ffn import FeedForward, MlpShape
     from truekv.models.reading import Sizes
     from truekv.models.rotary import Angles, Rope
@@ -46,7 +46,7 @@ class MixerShape(Protocol):
         """Tensor names under `prefix` (which ends with a dot) and their shapes."""
         ...
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> Mixer:
+    def build(self, weights: Weights, prefix: str) -> Mixer:
         """Compose the mixer from its tensors."""
         ...
 
@@ -62,18 +62,30 @@ class Layer:
         self.ffn = ffn
         self.scale = scale
 
-    def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
-        """Map the residual [T, C] to the next one."""
+    def __call__(
+        self,
+        x_TC: torch.Tensor,
+        change_TC: torch.Tensor | None,
+        memory: LayerMemory,
+        step: Step,
+        angles: Angles | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Take the residual and what is still to be added to it; return both as they are after the layer.
+
+        A change waits for the next norm, which adds it in the same pass.
+        """
         if self.mixer is not None:
             norm, mixer = self.mixer
-            x_TC = self._added(x_TC, mixer(norm(x_TC), memory, step, angles))
+            x_TC, normed_TC = norm.after(x_TC, change_TC)
+            change_TC = self._scaled(mixer(normed_TC, memory, step, angles))
         if self.ffn is not None:
             norm, ffn = self.ffn
-            x_TC = self._added(x_TC, ffn(norm(x_TC)))
-        return x_TC
+            x_TC, normed_TC = norm.after(x_TC, change_TC)
+            change_TC = self._scaled(ffn(normed_TC))
+        return x_TC, change_TC
 
-    def _added(self, x_TC: torch.Tensor, change_TC: torch.Tensor) -> torch.Tensor:
-        return x_TC + (change_TC if self.scale == 1.0 else change_TC * self.scale)
+    def _scaled(self, change_TC: torch.Tensor) -> torch.Tensor:
+        return change_TC if self.scale == 1.0 else change_TC * self.scale
 
 
 class Decoder:
@@ -93,9 +105,10 @@ class Decoder:
         """Return the last residual [T, C], before the final norm."""
         x_TC = self.embedding(step.tokens)
         angles = None if self.rotary is None else self.rotary.angles(step.positions)
+        change_TC = None
         for layer, remembered in zip(self.layers, memory, strict=True):
-            x_TC = layer(x_TC, remembered, step, angles)
-        return x_TC
+            x_TC, change_TC = layer(x_TC, change_TC, remembered, step, angles)
+        return x_TC if change_TC is None else x_TC + change_TC
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the output head: [N, C] -> float32 [N, V]."""
@@ -182,21 +195,20 @@ class DecoderShape:
             shapes |= layer.tensors(f"{prefix}layers.{index}.", hidden, fused=fused)
         return shapes
 
-    def build(self, weights: Mapping[str, torch.Tensor]) -> Decoder:
+    def build(self, weights: Weights) -> Decoder:
         """Compose the model from its tensors, in any of its layouts."""
         prefix = next(item for item in self.prefixes if f"{item}embed_tokens.weight" in weights)
 
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(weights[f"{prefix}{name}.weight"], self.eps, zero_centred=self.zero_centred)
+        def layer_norm(name: str) -> RMSNorm:
+            return norm(weights, f"{prefix}{name}", self.eps, zero_centred=self.zero_centred)
 
+        embedding = weights.linear(f"{prefix}embed_tokens")
         layers: list[Layer] = []
         for index, layer in enumerate(self.layers):
             name = f"layers.{index}."
             mixer = layer.mixer.build(weights, f"{prefix}{name}{layer.mixer_name}.")
             ffn = layer.ffn.build(weights, f"{prefix}{name}{layer.ffn_name}.")
-            layers.append(
-                Layer((norm(f"{name}input_layernorm"), mixer), (norm(f"{name}post_attention_layernorm"), ffn))
-            )
-        embedding = weights[f"{prefix}embed_tokens.weight"]
-        head = Head(norm("norm"), embedding if self.tied else weights["lm_head.weight"])
-        return Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, embedding.device))
+            norms = layer_norm(f"{name}input_layernorm"), layer_norm(f"{name}post_attention_layernorm")
+            layers.append(Layer((norms[0], mixer), (norms[1], ffn)))
+        head = Head(layer_norm("norm"), embedding if self.tied else weights.linear("lm_head"))
+        return Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, weights.ops))

@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from truekv.models.blocks import Embedding, Head, RMSNorm, Shapes
+from truekv.models.blocks import Embedding, Head, Shapes, norm
 from truekv.models.decoder import Decoder, Layer
 from truekv.models.rotary import Rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from truekv.core.lazy import torch
     from truekv.core.spec import ModelSpec
+    from truekv.core.weights import Weights
     from truekv.models.decoder import MixerShape
     from truekv.models.ffn import FeedForward
     from truekv.models.rotary import Rope
@@ -29,7 +27,7 @@ class FeedForwardShape(Protocol):
         """Tensor names under `prefix` and their shapes."""
         ...
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> FeedForward:
+    def build(self, weights: Weights, prefix: str) -> FeedForward:
         """Compose the block from its tensors."""
         ...
 
@@ -69,20 +67,13 @@ class HybridLayer:
                 shapes |= {f"{prefix}{half.norm}.weight": (hidden,), **half.shape.tensors(f"{prefix}{half.prefix}")}
         return shapes
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str, eps: float, scale: float) -> Layer:
+    def build(self, weights: Weights, prefix: str, eps: float, scale: float) -> Layer:
         """Compose the layer from its tensors."""
         mixer, ffn = self.mixer, self.ffn
         return Layer(
             mixer
-            and (
-                RMSNorm(weights[f"{prefix}{mixer.norm}.weight"], eps),
-                mixer.shape.build(weights, f"{prefix}{mixer.prefix}"),
-            ),
-            ffn
-            and (
-                RMSNorm(weights[f"{prefix}{ffn.norm}.weight"], eps),
-                ffn.shape.build(weights, f"{prefix}{ffn.prefix}"),
-            ),
+            and (norm(weights, f"{prefix}{mixer.norm}", eps), mixer.shape.build(weights, f"{prefix}{mixer.prefix}")),
+            ffn and (norm(weights, f"{prefix}{ffn.norm}", eps), ffn.shape.build(weights, f"{prefix}{ffn.prefix}")),
             scale,
         )
 
@@ -123,10 +114,10 @@ class HybridShape:
             shapes |= layer.tensors(f"{self.prefix}layers.{index}.", hidden)
         return shapes
 
-    def build(self, weights: Mapping[str, torch.Tensor]) -> Decoder:
+    def build(self, weights: Weights) -> Decoder:
         """Compose the model from its tensors."""
-        embedding = weights[f"{self.prefix}{self.embedding}.weight"]
-        norm = RMSNorm(weights[f"{self.prefix}{self.final_norm}.weight"], self.eps)
+        embedding = weights.linear(f"{self.prefix}{self.embedding}")
+        final_norm = norm(weights, f"{self.prefix}{self.final_norm}", self.eps)
         return Decoder(
             self.spec,
             Embedding(embedding, self.embedding_scale),
@@ -134,6 +125,6 @@ class HybridShape:
                 layer.build(weights, f"{self.prefix}layers.{index}.", self.eps, self.residual_scale)
                 for index, layer in enumerate(self.layers)
             ],
-            Head(norm, embedding if self.tied else weights["lm_head.weight"], self.logits_scale),
-            None if self.rope is None else Rotary(self.rope, embedding.device),
+            Head(final_norm, embedding if self.tied else weights.linear("lm_head"), self.logits_scale),
+            None if self.rope is None else Rotary(self.rope, weights.ops),
         )

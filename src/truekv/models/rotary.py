@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from truekv.core.config import Config
+    from truekv.core.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ _FREQUENCIES: dict[str, Callable[[Rope, torch.Tensor], torch.Tensor]] = {
 class Angles:
     """The positions of one step, ready to turn heads."""
 
+    ops: Ops
     cos: torch.Tensor
     """[T, P] float32."""
     sin: torch.Tensor
@@ -163,34 +165,20 @@ class Angles:
     interleaved: bool
 
     def rotate(self, x_THD: torch.Tensor) -> torch.Tensor:
-        """Turn the first R dimensions of [T, H, D] in float32; interleaved planes come out as halves.
-
-        Queries and keys share the layout, so their products do not depend on it.
-        """
-        planes = self.cos.shape[-1]
-        cos_T1P, sin_T1P = self.cos[:, None], self.sin[:, None]
-        turned, kept = x_THD[..., : 2 * planes].float(), x_THD[..., 2 * planes :]
-        first, second = (
-            (turned[..., 0::2], turned[..., 1::2]) if self.interleaved else (turned[..., :planes], turned[..., planes:])
-        )
-        cos_part = (first * cos_T1P - second * sin_T1P).to(x_THD.dtype)
-        sin_part = (second * cos_T1P + first * sin_T1P).to(x_THD.dtype)
-        return torch.cat((cos_part, sin_part, kept), -1)
+        """Turn the first R dimensions of [T, H, D] in float32; interleaved planes come out as halves."""
+        return self.ops.rotate(x_THD, self.cos, self.sin, interleaved=self.interleaved)
 
 
 class Rotary:
     """Makes a step's angles; nothing is tabled ahead, so no length is baked in."""
 
-    def __init__(self, rope: Rope, device: torch.device) -> None:
+    def __init__(self, rope: Rope, ops: Ops) -> None:
         """Compute the frequencies once, in float32 whatever the model's dtype."""
         self.rope = rope
-        self.frequencies_P = rope.frequencies().to(device)
+        self.ops = ops
+        self.frequencies_P = rope.frequencies()
 
     def angles(self, positions: torch.Tensor) -> Angles:
         """Return the angles of [T] positions."""
-        turned_TP = positions.float()[:, None] * self.frequencies_P
-        amplitude = self.rope.amplitude
-        cos_TP, sin_TP = turned_TP.cos(), turned_TP.sin()
-        if amplitude != 1.0:
-            cos_TP, sin_TP = cos_TP * amplitude, sin_TP * amplitude
-        return Angles(cos_TP, sin_TP, self.rope.interleaved)
+        cos_TP, sin_TP = self.ops.angles(positions, self.frequencies_P, self.rope.amplitude)
+        return Angles(self.ops, cos_TP, sin_TP, self.rope.interleaved)

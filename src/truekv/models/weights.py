@@ -18,11 +18,14 @@ from truekv.core.config import Config
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.folder import members
 from truekv.core.lazy import torch
+from truekv.core.weights import Weights
+from truekv.kernels.reference.ops import OPS as REFERENCE
 from truekv.models.headers import MAX_CONFIG_BYTES, TensorHeader, listed, quoted, read_headers, read_json, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from truekv.core.ops import Ops
     from truekv.core.protocols import Architecture, Family, Model
 
 # Weights that a forward pass can use as they are: converted to the compute dtype, never dequantized.
@@ -140,8 +143,8 @@ class Checkpoint:
             case _:
                 raise Refused(f"dtype is {quoted(asked)}, but must be auto, float32 or bfloat16")
 
-    def load(self, dtype: str = "auto") -> Model:
-        """Check, read and convert every weight to `dtype`, and build the model.
+    def load(self, dtype: str = "auto", ops: Ops = REFERENCE) -> Model:
+        """Check, read and convert every weight to `dtype`, and build the model on a backend's operations.
 
         Parameters that the architecture lists in `float32` (regular expressions, full match) keep
         that precision. Raises Corrupted for a weight that is NaN or infinite.
@@ -157,7 +160,9 @@ class Checkpoint:
             if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
                 raise Corrupted(f"{self.directory}: weight {quoted(name)} holds NaN or infinity; download it again")
             weights[name] = tensor
-        return self.architecture.build(weights)
+        held = Weights(weights, ops)
+        weights.clear()
+        return self.architecture.build(held)
 
 
 def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:

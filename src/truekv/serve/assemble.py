@@ -79,7 +79,7 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     )
     measured = _measured(checkpoint, options.kv_cache_frames, model)
     _permit(spec, formats, measured, model)
-    kernels = select(spec, [chosen or () for chosen in formats])
+    kernels = select(spec, [chosen or () for chosen in formats], backend=options.kernel_backend)
     tokenizer = Tokenizer.open(checkpoint.directory)
     template = ChatTemplate.open(checkpoint.directory)
     checkpoint.check()
@@ -95,7 +95,7 @@ def build(blueprint: Blueprint) -> Engine:
     from truekv.memory.arena import Arena
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
-    model = checkpoint.load(blueprint.dtype)
+    model = checkpoint.load(blueprint.dtype, blueprint.kernels.ops)
     arena = Arena(model.spec, plan, blueprint.kernels, blueprint.frames, poison=options.debug_poison)
     schedule = Schedule(
         pages=plan.pages,

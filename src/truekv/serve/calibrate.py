@@ -130,11 +130,12 @@ def _tokens(line: Any, where: str, tokenizer: Tokenizer, template: ChatTemplate 
 
 
 def _measure(checkpoint: Checkpoint, prompts: Sequence[list[int]], seed: int, model: str) -> Calibration:
+    from truekv.kernels.table import fastest_ops
     from truekv.serve.progress import Bar
     from truekv.trust.calibrate import calibrate
 
     dtype = checkpoint.compute_dtype("auto")
-    loaded = checkpoint.load(dtype)
+    loaded = checkpoint.load(dtype, fastest_ops())
     with Bar("running prompts") as bar:
         return calibrate(
             loaded,

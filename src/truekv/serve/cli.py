@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from truekv.core.errors import Refused, TrueKVError
 from truekv.core.options import EngineOptions, SamplingParams
+from truekv.serve.flags import (  # noqa: TC001 (typer reads annotations when it runs)
+    AsJson,
+    Backend,
+    CacheDtype,
+    CacheK,
+    CacheMap,
+    CacheV,
+    Dtype,
+    Frames,
+    HadamardK,
+    HadamardV,
+    Logprobs,
+    MaxModelLen,
+    MaxTokens,
+    Messages,
+    Model,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,71 +45,6 @@ app = typer.Typer(
     help="Run hybrid, MLA and dense models with quantized KV caches that stay true to the model.",
     epilog="Try it without a download: `truekv demo`, or `truekv chat tiny-hybrid --kv-cache-dtype int8`.",
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A directory in Hugging Face form, a hub id, or tiny-hybrid, tiny-mla, tiny-dense (they come along).",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-n", help="Longest answer, in tokens.", rich_help_panel="Sampling")
-]
-Temperature = Annotated[
-    float, typer.Option(help="0 is greedy; 1 samples what the model says.", rich_help_panel="Sampling")
-]
-TopP = Annotated[
-    float, typer.Option(help="Sample from the smallest set with this much mass.", rich_help_panel="Sampling")
-]
-TopK = Annotated[
-    int, typer.Option(help="Sample from the K most likely tokens; 0 keeps all.", rich_help_panel="Sampling")
-]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens.", rich_help_panel="Sampling")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="End the answer before this string (repeatable).", rich_help_panel="Sampling")
-]
-Logprobs = Annotated[
-    int, typer.Option(metavar="K", help="Report the K most likely tokens.", rich_help_panel="Sampling")
-]
-Messages = Annotated[
-    str | None, typer.Option(metavar="FILE", help='A conversation as JSON: [{"role": "user", "content": "..."}].')
-]
-CacheDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--kv-cache-dtype",
-        metavar="FORMAT[/FORMAT]",
-        help="One format, or K/V: int8 (recommended), int8/kv4, bf16, ... `truekv formats` lists them.",
-        rich_help_panel="KV cache",
-    ),
-]
-CacheK = Annotated[
-    str | None, typer.Option("-ctk", "--cache-type-k", help="Format of K, as in llama.cpp.", rich_help_panel="KV cache")
-]
-CacheV = Annotated[
-    str | None, typer.Option("-ctv", "--cache-type-v", help="Format of V, as in llama.cpp.", rich_help_panel="KV cache")
-]
-HadamardK = Annotated[bool, typer.Option("-khad", help="Rotate K before it is coded.", rich_help_panel="KV cache")]
-HadamardV = Annotated[bool, typer.Option("-vhad", help="Rotate V before it is coded.", rich_help_panel="KV cache")]
-CacheMap = Annotated[
-    str, typer.Option("--kv-cache-map", help='Layers apart: "3=bf16,7-11=int8/kv4".', rich_help_panel="KV cache")
-]
-Frames = Annotated[
-    str | None,
-    typer.Option(
-        "--kv-cache-frames",
-        metavar="FILE",
-        help="Measured frames from `truekv calibrate`; default: the file beside the weights.",
-        rich_help_panel="KV cache",
-    ),
-]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest context, in tokens.", rich_help_panel="KV cache")]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"],
-    typer.Option(help="Compute dtype; auto is the checkpoint's.", rich_help_panel="KV cache"),
-]
 
 
 def _version(asked: bool) -> None:  # noqa: FBT001 (typer calls it with the flag)
@@ -132,6 +89,7 @@ def generate(
     kv_cache_frames: Frames = None,
     max_model_len: MaxModelLen = None,
     dtype: Dtype = "auto",
+    kernel_backend: Backend = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Complete a prompt, or answer a conversation; the text streams to the terminal.
@@ -148,7 +106,7 @@ def generate(
 
     params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop, logprobs)
     cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype)
+    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
     run(model, prompt, messages, options, params, chat=chat, as_json=as_json)
 
 
@@ -172,6 +130,7 @@ def chat(
     kv_cache_frames: Frames = None,
     max_model_len: MaxModelLen = None,
     dtype: Dtype = "auto",
+    kernel_backend: Backend = "auto",
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -183,7 +142,8 @@ def chat(
 
     params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
     cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    run(model, _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype), params, system)
+    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
+    run(model, options, params, system)
 
 
 @app.command()
@@ -241,6 +201,22 @@ def formats(
     from truekv.serve.formats import run
 
     return run(model, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="List the kernels that this model gets.")] = None,
+    *,
+    kv_cache_dtype: CacheDtype = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what this machine can run, whether the native kernels are there, and which ones a model gets.
+
+    Example: `truekv doctor tiny-hybrid --kv-cache-dtype int8/kv4`
+    """
+    from truekv.serve.doctor import run
+
+    return run(model, _engine(kv_cache_dtype or "auto", "", None, None, "auto", "auto"), as_json=as_json)
 
 
 @app.command()
@@ -307,7 +283,9 @@ def _sampling(
     )
 
 
-def _engine(cache: str, layers: str, frames: str | None, length: int | None, dtype: Dtype) -> EngineOptions:
+def _engine(
+    cache: str, layers: str, frames: str | None, length: int | None, dtype: Dtype, backend: str
+) -> EngineOptions:
     return EngineOptions(
         dtype=dtype,
         kv_cache_dtype=cache,
@@ -315,6 +293,7 @@ def _engine(cache: str, layers: str, frames: str | None, length: int | None, dty
         kv_cache_frames=frames,
         max_model_len=length,
         max_num_seqs=1,
+        kernel_backend=backend,
     )
 
 

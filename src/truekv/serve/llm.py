@@ -31,6 +31,7 @@ class EngineKeywords(TypedDict, total=False):
     max_num_batched_tokens: int
     num_speculative_tokens: int
     memory: int | None
+    kernel_backend: str
     debug_poison: bool
 
 

@@ -13,7 +13,7 @@ from truekv.core.folder import choose
 from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
 NAME: Final = "libtruekv_native.so"
 
@@ -24,12 +24,15 @@ class Library:
     def __init__(self, path: Path) -> None:
         """Load it; torch comes first, so that both share one OpenMP runtime and its threads."""
         torch.get_num_threads()
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         machine = self._library.truekv_machine
         machine.restype = ctypes.c_char_p
         self.isas: tuple[str, ...] = tuple(machine().decode().split())
         """What this machine can run, the slowest first."""
         self.isa = self.isas[-1]
+        self.recorder: Callable[[Callable[[], None]], None] | None = None
+        """Told of every call that was made, so that a captured step can make it again on the same buffers."""
         self._functions: dict[tuple[str, str], Callable[..., None]] = {}
 
     def call(self, op: str, arguments: ctypes.Structure) -> None:
@@ -37,10 +40,13 @@ class Library:
         function = self._functions.get((op, self.isa))
         if function is None:
             function = self._bind(op, type(arguments))
-        function(ctypes.byref(arguments))
+        pointer = ctypes.byref(arguments)
+        function(pointer)
+        if self.recorder is not None:
+            self.recorder(functools.partial(function, pointer))
 
     @contextmanager
-    def using(self, isa: str) -> Iterator[None]:
+    def using(self, isa: str) -> Generator[None]:
         """Run another instruction set's kernels inside the block."""
         before = self.isa
         self.isa = choose("instruction set", isa, dict(zip(self.isas, self.isas, strict=True)))
@@ -48,6 +54,15 @@ class Library:
             yield
         finally:
             self.isa = before
+
+    @contextmanager
+    def recorded(self, recorder: Callable[[Callable[[], None]], None]) -> Generator[None]:
+        """Tell `recorder` of every call inside the block."""
+        self.recorder = recorder
+        try:
+            yield
+        finally:
+            self.recorder = None
 
     def _bind(self, op: str, arguments: type[ctypes.Structure]) -> Callable[..., None]:
         size = getattr(self._library, f"truekv_{op}_size_{self.isa}")()
@@ -72,3 +87,10 @@ def library() -> Library | None:
         if (path := Path(folder) / NAME).is_file():
             return Library(path)
     return None
+
+
+def run(op: str, arguments: ctypes.Structure) -> None:
+    """Run an operation of the library, which must be there: the backend is chosen only where it is."""
+    native = library()
+    assert native is not None
+    native.call(op, arguments)

@@ -47,8 +47,11 @@ def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
 
 
 def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
-    """Encode [T, K, D] and write row t to line `step.line[t]` of page `step.page[t]`."""
-    encoded = stored.format.encode(rows_THD.float())
+    """Take rows [T, K, D] into the field's frame, encode them and write row t to line `step.line[t]` of its page.
+
+    Raises Corrupted if a row is not finite; nothing was stored then.
+    """
+    encoded = stored.format.encode(stored.frame.rows(rows_THD))
     start = 0
     for plane in planes(stored):
         width = plane.shape[-1]
@@ -71,7 +74,7 @@ def planes(stored: Stored) -> list[torch.Tensor]:
 def attend(
     queries: tuple[torch.Tensor, ...], fields: tuple[Stored, ...], scale: float, window: int | None, step: Step
 ) -> torch.Tensor:
-    """Causal attention of the step's queries over stored rows, in float32.
+    """Causal attention of the step's queries over stored rows, in float32; frames are the kernel's affair.
 
     `queries`: [T, H, D] for each field of role "key" or "both", in the order of `fields`; their
     scores add up. A query at position p sees the keys at positions p - window + 1 ... p. Returns
@@ -82,7 +85,8 @@ def attend(
     heads, device = value.field.heads, step.position.device
     batch, longest = step.gather.shape
     group = queries[0].shape[1] // heads
-    q_BK1MD = [_by_kv_head(query, heads, step)[:, :, None] for query in queries]
+    framed = [item.frame.query(query) for query, item in zip(queries, scored, strict=True)]
+    q_BK1MD = [_by_kv_head(query, heads, step)[:, :, None] for query in framed]
     query_position = step.position[:, None] + torch.arange(longest, device=device)
     position_B1M1 = _padded(query_position.repeat(1, group), dim=1)[:, None, :, None]
     end_B111 = (step.position + step.count)[:, None, None, None]
@@ -120,7 +124,8 @@ def attend(
             highest_BKM = raised_BKM
     out_BKMV = (mean_BKMV / total_BKM[..., None])[:, :, : group * longest]
     out_BQKGV = out_BKMV.reshape(batch, heads, group, longest, value.field.dim).permute(0, 3, 1, 2, 4)
-    return out_BQKGV[step.owner, step.offset].flatten(1, 2).to(queries[0].dtype)
+    out_THV = out_BQKGV[step.owner, step.offset].flatten(1, 2)
+    return value.frame.output(out_THV).to(queries[0].dtype)
 
 
 def _finite(top: torch.Tensor) -> torch.Tensor:

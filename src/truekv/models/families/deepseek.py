@@ -7,8 +7,9 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.errors import Refused
+from truekv.core.ops import Routing
 from truekv.models.decoder import DecoderShape, LayerShape
-from truekv.models.ffn import MlpShape, MoeShape, Routing
+from truekv.models.ffn import MlpShape, MoeShape
 from truekv.models.mixers.mla import read_mla
 from truekv.models.reading import Sizes
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.errors import Refused
+from truekv.core.ops import Routing
 from truekv.core.spec import ModelSpec
-from truekv.models.blocks import Linear, Shapes
-from truekv.models.ffn import MLP, FeedForward, MoE, Router, Routing, fused_experts
+from truekv.models.ffn import MLP, FeedForward, MoE, Router, fused_experts
 from truekv.models.hybrid import FeedForwardHalf, HybridLayer, HybridShape, MixerHalf
 from truekv.models.mixers.gqa import GqaShape
 from truekv.models.mixers.mamba2 import Mamba2Shape, checked, read_time_limits
@@ -17,11 +17,10 @@ from truekv.models.reading import Sizes, layer_kinds
 from truekv.models.rotary import read_rope
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from truekv.core.config import Config
-    from truekv.core.lazy import torch
     from truekv.core.protocols import Family
+    from truekv.core.weights import Weights
+    from truekv.models.blocks import Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +48,22 @@ class GraniteFeedForward:
             f"{mixture}output_linear.weight": (experts, self.hidden, self.inner),
         }
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> FeedForward:
+    def build(self, weights: Weights, prefix: str) -> FeedForward:
         """Compose the block from its tensors; experts are views of the fused ones."""
-        gate, up = weights[f"{prefix}shared_mlp.input_linear.weight"].chunk(2)
-        shared = MLP(Linear(gate), Linear(up), Linear(weights[f"{prefix}shared_mlp.output_linear.weight"]))
+        ops = weights.ops
+        first, down = (
+            weights.linear(f"{prefix}shared_mlp.input_linear"),
+            weights.linear(f"{prefix}shared_mlp.output_linear"),
+        )
+        shared = MLP(ops, first, down)
         if self.routing is None:
             return shared
         mixture = f"{prefix}block_sparse_moe."
-        first, down = weights[f"{mixture}input_linear.weight"], weights[f"{mixture}output_linear.weight"]
-        router = Router(self.routing, weights[f"{mixture}router.layer.weight"])
-        return MoE(router, fused_experts(first, down, "silu", gated=True), shared)
+        router = Router(ops, self.routing, weights.take(f"{mixture}router.layer.weight"))
+        fused = fused_experts(
+            weights.take(f"{mixture}input_linear.weight"), weights.take(f"{mixture}output_linear.weight")
+        )
+        return MoE(router, ops.experts(self.routing.experts, fused, "swiglu"), shared)
 
 
 class GraniteMoeHybrid:

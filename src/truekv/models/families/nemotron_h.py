@@ -132,7 +132,6 @@ def _read_mixture(config: Config, hidden: int, _eps: float) -> HybridLayer:
         read_sigmoid_routing(config),
         hidden,
         config.integer("moe_intermediate_size"),
-        gated=False,
         activation="relu2",
         shared_inner=config.integer("moe_shared_expert_intermediate_size"),
         shared_name="shared_experts",
@@ -145,7 +144,7 @@ def _read_mixture(config: Config, hidden: int, _eps: float) -> HybridLayer:
 def _read_mlp(config: Config, hidden: int, _eps: float) -> HybridLayer:
     config.only("mlp_hidden_act", "relu2")
     bias = config.boolean("mlp_bias", default=False)
-    mlp = MlpShape(hidden, config.integer("intermediate_size"), gated=False, activation="relu2", bias=bias)
+    mlp = MlpShape(hidden, config.integer("intermediate_size"), activation="relu2", bias=bias)
     return HybridLayer(None, FeedForwardHalf("norm", "mixer.", mlp))
 
 

@@ -6,8 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Final, cast
 
 from truekv.core.errors import Refused
+from truekv.core.ops import Routing
 from truekv.models.decoder import DecoderShape, LayerShape
-from truekv.models.ffn import MlpShape, MoeShape, Routing
+from truekv.models.ffn import MlpShape, MoeShape
 from truekv.models.mixers.gdn import GdnShape
 from truekv.models.mixers.gqa import GqaShape
 from truekv.models.reading import Sizes, layer_kinds

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from truekv.core.lazy import torch
+from truekv.core.ops import Part
 from truekv.core.spec import Recurrent, Slab
-from truekv.models.blocks import Linear, Shapes, linear, linear_shapes, rms_normalised
+from truekv.models.blocks import Shapes, linear_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from truekv.core.batch import Step
+    from truekv.core.ops import Matrix
     from truekv.core.protocols import LayerMemory, StateMemory
+    from truekv.core.weights import Weights
     from truekv.models.rotary import Angles
 
 
@@ -93,48 +94,45 @@ class GdnShape:
             **linear_shapes(f"{prefix}out_proj", self.hidden, self.values),
         }
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> GatedDeltaNet:
+    def build(self, weights: Weights, prefix: str) -> GatedDeltaNet:
         """Compose the mixer from its tensors."""
         if self.packed:
-            maps = self._unpack(weights[f"{prefix}in_proj_qkvz.weight"], weights[f"{prefix}in_proj_ba.weight"])
+            qkvz, ba = weights.take(f"{prefix}in_proj_qkvz.weight"), weights.take(f"{prefix}in_proj_ba.weight")
+            inputs = weights.ops.matrix([Part(self._unpacked(qkvz, ba))])
         else:
-            maps = tuple(linear(weights, f"{prefix}in_proj_{name}") for name in ("qkv", "z", "b", "a"))
-        return GatedDeltaNet(self, cast("tuple[Linear, Linear, Linear, Linear]", maps), weights, prefix)
+            inputs = weights.linear(*(f"{prefix}in_proj_{name}" for name in ("qkv", "z", "b", "a")))
+        return GatedDeltaNet(self, inputs, weights, prefix)
 
-    def _unpack(self, qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[Linear, ...]:
+    def _unpacked(self, qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
         """Sort the interleaved rows once: per key head [q, k, its values, its gates] and [its b, its a]."""
         group = self.value_heads // self.key_heads
         sizes = [self.key_dim, self.key_dim, group * self.value_dim, group * self.value_dim]
-        q, k, v, z = (part.flatten(0, 1) for part in torch.split(qkvz.view(self.key_heads, -1, self.hidden), sizes, 1))
-        b, a = (part.flatten(0, 1) for part in torch.split(ba.view(self.key_heads, -1, self.hidden), group, 1))
-        return Linear(torch.cat((q, k, v))), Linear(z), Linear(b), Linear(a)
+        parts = torch.split(qkvz.view(self.key_heads, -1, self.hidden), sizes, 1)
+        parts += torch.split(ba.view(self.key_heads, -1, self.hidden), group, 1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 class GatedDeltaNet:
     """Linear attention that forgets by `decay` and overwrites by `beta`."""
 
-    def __init__(
-        self,
-        shape: GdnShape,
-        maps: tuple[Linear, Linear, Linear, Linear],
-        weights: Mapping[str, torch.Tensor],
-        prefix: str,
-    ) -> None:
-        """Take the maps to qkv, z (the output gate), b (for beta) and a (for the decay)."""
+    def __init__(self, shape: GdnShape, inputs: Matrix, weights: Weights, prefix: str) -> None:
+        """Take the map to qkv, z (the output gate), b (for beta) and a (for the decay), side by side."""
         self.shape = shape
-        self.qkv, self.gate, self.beta, self.decay = maps
-        self.taps = {"conv": weights[f"{prefix}conv1d.weight"].squeeze(1)}
-        self.rate_H = -weights[f"{prefix}A_log"].float().exp()
-        self.dt_bias_H = weights[f"{prefix}dt_bias"].float()
-        self.norm_D = weights[f"{prefix}norm.weight"].float()
-        self.out = linear(weights, f"{prefix}out_proj")
+        self.ops = weights.ops
+        self.inputs = inputs
+        self.taps = {"conv": weights.take(f"{prefix}conv1d.weight").squeeze(1)}
+        self.rate_H = -weights.take(f"{prefix}A_log").float().exp()
+        self.dt_bias_H = weights.take(f"{prefix}dt_bias").float()
+        self.norm_D = weights.take(f"{prefix}norm.weight").float()
+        self.out = weights.linear(f"{prefix}out_proj")
 
     def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
         """Map [T, C] to [T, C]; the recurrence knows the order of tokens, so `angles` do not enter."""
         del angles
-        decay_TH = self.rate_H * torch.nn.functional.softplus(self.decay(x_TC).float() + self.dt_bias_H)
-        inputs = {"conv": self.qkv(x_TC), "beta": self.beta(x_TC).float().sigmoid(), "decay": decay_TH}
+        shape = self.shape
+        sizes = [shape.channels, shape.values, shape.value_heads, shape.value_heads]
+        qkv_TM, gate_TV, b_TH, a_TH = torch.split_with_sizes(self.inputs(x_TC), sizes, -1)
+        beta_TH, decay_TH = self.ops.delta_gates(b_TH, a_TH, self.dt_bias_H, self.rate_H)
+        inputs = {"conv": qkv_TM, "beta": beta_TH, "decay": decay_TH}
         out_THD = cast("StateMemory", memory).scan(inputs, self.taps, step)
-        gate_THD = torch.nn.functional.silu(self.gate(x_TC).float()).view_as(out_THD)
-        out_THD = rms_normalised(out_THD, self.shape.eps) * self.norm_D * gate_THD
-        return self.out(out_THD.flatten(1).to(x_TC.dtype))
+        return self.out(self.ops.gated_norm(out_THD, gate_TV, self.norm_D, shape.eps, gate_first=False))

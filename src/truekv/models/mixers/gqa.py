@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, cast
 
 from truekv.core.lazy import torch
 from truekv.core.spec import Field, Paged
-from truekv.models.blocks import Linear, RMSNorm, Shapes, linear, linear_shapes
+from truekv.models.blocks import RMSNorm, Shapes, linear_shapes, norm
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from truekv.core.batch import Step
+    from truekv.core.ops import Matrix, Ops
     from truekv.core.protocols import LayerMemory, PagedMemory
+    from truekv.core.weights import Weights
     from truekv.models.rotary import Angles
 
 
@@ -59,43 +59,45 @@ class GqaShape:
             shapes |= {f"{prefix}{name}.weight": (self.head_dim,) for name in ("q_norm", "k_norm")}
         return shapes
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> GQA:
+    def build(self, weights: Weights, prefix: str) -> GQA:
         """Compose the attention from its tensors."""
-        q, k, v, out = (linear(weights, f"{prefix}{name}_proj") for name in "qkvo")
         norms = None
         if self.head_norm:
             norms = (
-                RMSNorm(weights[f"{prefix}q_norm.weight"], self.eps, zero_centred=self.zero_centred),
-                RMSNorm(weights[f"{prefix}k_norm.weight"], self.eps, zero_centred=self.zero_centred),
+                norm(weights, f"{prefix}q_norm", self.eps, zero_centred=self.zero_centred),
+                norm(weights, f"{prefix}k_norm", self.eps, zero_centred=self.zero_centred),
             )
-        return GQA(self, (q, k, v, out), norms)
+        inputs = weights.linear(*(f"{prefix}{name}_proj" for name in "qkv"))
+        return GQA(self, weights.ops, inputs, weights.linear(f"{prefix}o_proj"), norms)
 
 
 class GQA:
     """Causal attention of H query heads over K shared key/value heads."""
 
     def __init__(
-        self, shape: GqaShape, maps: tuple[Linear, Linear, Linear, Linear], norms: tuple[RMSNorm, RMSNorm] | None
+        self, shape: GqaShape, ops: Ops, inputs: Matrix, out: Matrix, norms: tuple[RMSNorm, RMSNorm] | None
     ) -> None:
-        """Take the maps q, k, v and out, and the norms of queries and keys."""
+        """Take the map to q (with its gates), k and v side by side, and the norms of queries and keys."""
         self.shape = shape
-        self.query, self.key, self.value, self.out = maps
+        self.ops = ops
+        self.inputs = inputs
+        self.out = out
         self.norms = norms
         self.scale = shape.head_dim**-0.5 if shape.scale is None else shape.scale
 
     def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
         """Map [T, C] to [T, C]; without `angles`, positions do not enter."""
-        shape, gate_TQ = self.shape, None
-        q_THD = self.query(x_TC).view(len(x_TC), shape.heads, -1)
-        if shape.gated:
-            gate_TQ = q_THD[..., shape.head_dim :].flatten(1)
-            q_THD = q_THD[..., : shape.head_dim]
-        k_TKD = self.key(x_TC).view(len(x_TC), shape.kv_heads, shape.head_dim)
-        v_TKD = self.value(x_TC).view(len(x_TC), shape.kv_heads, shape.head_dim)
+        shape, dim = self.shape, self.shape.head_dim
+        # Heads of D numbers side by side: queries (a gated one takes two places), then keys, then values.
+        heads_THD = self.inputs(x_TC).view(len(x_TC), -1, dim)
+        queries = shape.heads * (2 if shape.gated else 1)
+        q_THD, k_TKD, v_TKD = torch.split_with_sizes(heads_THD, [queries, shape.kv_heads, shape.kv_heads], 1)
+        gate_THD = q_THD[:, 1::2] if shape.gated else None
+        q_THD = q_THD[:, ::2] if shape.gated else q_THD
         if self.norms is not None:
             q_THD, k_TKD = self.norms[0](q_THD), self.norms[1](k_TKD)
         if angles is not None:
             q_THD, k_TKD = angles.rotate(q_THD), angles.rotate(k_TKD)
         out_THD = cast("PagedMemory", memory).attend((q_THD,), (k_TKD, v_TKD), self.scale, step)
-        out_TQ = out_THD.flatten(1).to(x_TC.dtype)
-        return self.out(out_TQ if gate_TQ is None else out_TQ * torch.sigmoid(gate_TQ))
+        out_THD = out_THD.to(x_TC.dtype) if gate_THD is None else self.ops.gate(out_THD, gate_THD)
+        return self.out(out_THD.flatten(1))

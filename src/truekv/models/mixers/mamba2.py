@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, cast
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
 from truekv.core.spec import Recurrent, Slab
-from truekv.models.blocks import Linear, Shapes, linear, linear_shapes, rms_normalised
+from truekv.models.blocks import Shapes, linear_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from truekv.core.batch import Step
     from truekv.core.config import Config
+    from truekv.core.ops import Matrix, Ops
     from truekv.core.protocols import LayerMemory, StateMemory
+    from truekv.core.weights import Weights
     from truekv.models.rotary import Angles
 
 
@@ -81,33 +83,18 @@ class Mamba2Shape:
         }
         return shapes | {f"{prefix}conv1d.bias": (self.channels,)} if self.conv_bias else shapes
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> Mamba2:
+    def build(self, weights: Weights, prefix: str) -> Mamba2:
         """Compose the layer from its tensors."""
         scan = {
-            "conv": weights[f"{prefix}conv1d.weight"][:, 0].contiguous(),
-            "A": -weights[f"{prefix}A_log"].float().exp(),
-            "D": weights[f"{prefix}D"].float(),
+            "conv": weights.take(f"{prefix}conv1d.weight")[:, 0].contiguous(),
+            "A": -weights.take(f"{prefix}A_log").float().exp(),
+            "D": weights.take(f"{prefix}D").float(),
         }
         if self.conv_bias:
-            scan["conv_bias"] = weights[f"{prefix}conv1d.bias"]
-        norm = GatedGroupNorm(weights[f"{prefix}norm.weight"], self.groups, self.eps)
-        into, out = linear(weights, f"{prefix}in_proj"), linear(weights, f"{prefix}out_proj")
-        return Mamba2(self, into, weights[f"{prefix}dt_bias"], scan, norm, out)
-
-
-class GatedGroupNorm:
-    """rms_norm of y * silu(z), each of G groups of channels by its own rms, times a weight."""
-
-    def __init__(self, weight: torch.Tensor, groups: int, eps: float) -> None:
-        """`weight` is [I]."""
-        self.weight = weight.float()
-        self.groups = groups
-        self.eps = eps
-
-    def __call__(self, y_TI: torch.Tensor, gate_TI: torch.Tensor) -> torch.Tensor:
-        """Gate and normalise [T, I] in float32; the result stays float32."""
-        gated_TI = y_TI.float() * torch.nn.functional.silu(gate_TI.float())
-        return rms_normalised(gated_TI.view(len(gated_TI), self.groups, -1), self.eps).flatten(1) * self.weight
+            scan["conv_bias"] = weights.take(f"{prefix}conv1d.bias")
+        vectors = weights.take(f"{prefix}dt_bias").float(), weights.take(f"{prefix}norm.weight").float()
+        into, out = weights.linear(f"{prefix}in_proj"), weights.linear(f"{prefix}out_proj")
+        return Mamba2(self, weights.ops, into, scan, vectors, out)
 
 
 class Mamba2:
@@ -116,28 +103,35 @@ class Mamba2:
     def __init__(
         self,
         shape: Mamba2Shape,
-        into: Linear,
-        dt_bias: torch.Tensor,
+        ops: Ops,
+        into: Matrix,
         scan: Mapping[str, torch.Tensor],
-        norm: GatedGroupNorm,
-        out: Linear,
+        vectors: tuple[torch.Tensor, torch.Tensor],
+        out: Matrix,
     ) -> None:
-        """`into` maps C -> I + D + H; `scan` holds the rule's weights (conv, conv_bias, A, D)."""
+        """`into` maps C -> I + D + H; `scan` holds the rule's weights (conv, conv_bias, A, D).
+
+        `vectors` are the bias of the time steps [H] and the weight of the norm [I].
+        """
         self.shape = shape
+        self.ops = ops
         self.into = into
-        self.dt_bias = dt_bias.float()
         self.scan = scan
-        self.norm = norm
+        self.dt_bias, self.norm = vectors
         self.out = out
 
     def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
         """Map [T, C] to [T, C]; a recurrence needs no rotary positions."""
         del angles
         shape = self.shape
-        gate_TI, conv_TD, dt_TH = torch.split(self.into(x_TC), [shape.inner, shape.channels, shape.heads], -1)
-        dt_TH = torch.nn.functional.softplus(dt_TH.float() + self.dt_bias).clamp(*shape.limits)
+        gate_TI, conv_TD, dt_TH = torch.split_with_sizes(
+            self.into(x_TC), [shape.inner, shape.channels, shape.heads], -1
+        )
+        dt_TH = self.ops.softplus(dt_TH, self.dt_bias).clamp(*shape.limits)
         y_THP = cast("StateMemory", memory).scan({"conv": conv_TD, "dt": dt_TH}, self.scan, step)
-        return self.out(self.norm(y_THP.flatten(1), gate_TI).to(x_TC.dtype))
+        # Each of G groups of channels has its own rms, whatever heads it takes from.
+        y_TGd = y_THP.reshape(len(y_THP), shape.groups, -1)
+        return self.out(self.ops.gated_norm(y_TGd, gate_TI, self.norm, shape.eps, gate_first=True))
 
 
 def read_time_limits(config: Config, name: str) -> tuple[float, float]:

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Final, cast
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
 from truekv.core.spec import Field, Paged
-from truekv.models.blocks import Linear, RMSNorm, Shapes, linear, linear_shapes, rms_normalised
+from truekv.models.blocks import RMSNorm, Shapes, linear_shapes, norm
 from truekv.models.rotary import read_rope, yarn_mscale
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from truekv.core.batch import Step
     from truekv.core.config import Config
+    from truekv.core.ops import HeadMatrices, Matrix, Ops
     from truekv.core.protocols import LayerMemory, PagedMemory
+    from truekv.core.weights import Weights
     from truekv.models.rotary import Angles, Rope
 
 # Neither compressed norm follows rms_norm_eps: transformers builds both with this default, and a
@@ -75,32 +75,33 @@ class MlaShape:
             **linear_shapes(f"{prefix}o_proj", self.hidden, self.heads * self.value, bias=self.bias),
         }
 
-    def build(self, weights: Mapping[str, torch.Tensor], prefix: str) -> Mla:
+    def build(self, weights: Weights, prefix: str) -> Mla:
         """Compose the layer; the latent norm's weight is folded into the up-projections here, once."""
-        expand = weights[f"{prefix}kv_b_proj.weight"]
+        expand, ops = weights.take(f"{prefix}kv_b_proj.weight"), weights.ops
         # In float32 and rounded once. Memory then holds unit-RMS rows, whose scale no format has to learn.
-        folded = expand.float() * weights[f"{prefix}kv_a_layernorm.weight"].float()
+        folded = expand.float() * weights.take(f"{prefix}kv_a_layernorm.weight").float()
         folded_HEL = folded.to(expand.dtype).view(self.heads, self.content + self.value, self.latent)
         key_HNL, value_HVL = torch.split(folded_HEL, [self.content, self.value], 1)
         return Mla(
             self,
+            ops,
             self._queries(weights, prefix),
-            linear(weights, f"{prefix}kv_a_proj_with_mqa"),
-            (key_HNL.contiguous(), value_HVL.transpose(1, 2).contiguous()),
-            linear(weights, f"{prefix}o_proj"),
+            weights.linear(f"{prefix}kv_a_proj_with_mqa"),
+            (ops.head_matrices(key_HNL.transpose(1, 2)), ops.head_matrices(value_HVL)),
+            weights.linear(f"{prefix}o_proj"),
         )
 
-    def _queries(self, weights: Mapping[str, torch.Tensor], prefix: str) -> Queries:
+    def _queries(self, weights: Weights, prefix: str) -> Queries:
         if not self.query_rank:
-            return Queries(linear(weights, f"{prefix}q_proj"))
-        norm = RMSNorm(weights[f"{prefix}q_a_layernorm.weight"], LATENT_EPS)
-        return Queries(linear(weights, f"{prefix}q_b_proj"), (linear(weights, f"{prefix}q_a_proj"), norm))
+            return Queries(weights.linear(f"{prefix}q_proj"))
+        first = weights.linear(f"{prefix}q_a_proj"), norm(weights, f"{prefix}q_a_layernorm", LATENT_EPS)
+        return Queries(weights.linear(f"{prefix}q_b_proj"), first)
 
 
 class Queries:
     """The map from the residual to all query heads, through a normed low rank or directly."""
 
-    def __init__(self, last: Linear, first: tuple[Linear, RMSNorm] | None = None) -> None:
+    def __init__(self, last: Matrix, first: tuple[Matrix, RMSNorm] | None = None) -> None:
         """`first` maps C to the rank and norms it; `last` makes the heads."""
         self.last = last
         self.first = first
@@ -117,13 +118,20 @@ class Mla:
     """One latent attention layer."""
 
     def __init__(
-        self, shape: MlaShape, queries: Queries, compress: Linear, up: tuple[torch.Tensor, torch.Tensor], out: Linear
+        self,
+        shape: MlaShape,
+        ops: Ops,
+        queries: Queries,
+        compress: Matrix,
+        up: tuple[HeadMatrices, HeadMatrices],
+        out: Matrix,
     ) -> None:
-        """`compress` maps C -> L + R; `up` is U_K [H, N, L] and U_V [H, L, V], the norm folded in."""
+        """`compress` maps C -> L + R; `up` is U_K^T, N -> L, and U_V, L -> V, the norm folded in."""
         self.shape = shape
+        self.ops = ops
         self.queries = queries
         self.compress = compress
-        self.key_HNL, self.value_HLV = up
+        self.key, self.value = up
         self.out = out
 
     def __call__(self, x_TC: torch.Tensor, memory: LayerMemory, step: Step, angles: Angles | None) -> torch.Tensor:
@@ -131,15 +139,16 @@ class Mla:
         assert angles is not None, "latent attention always has rotary positions"
         shape = self.shape
         query_THD = self.queries(x_TC).view(len(x_TC), shape.heads, -1)
-        content_THN, rotary_THR = torch.split(query_THD, [shape.content, shape.rotary], -1)
-        latent_TL, key_TR = torch.split(self.compress(x_TC), [shape.latent, shape.rotary], -1)
-        latent_T1L = rms_normalised(latent_TL, LATENT_EPS).to(x_TC.dtype)[:, None]
-        query_THL = torch.bmm(content_THN.transpose(0, 1), self.key_HNL).transpose(0, 1)
+        content_THN, rotary_THR = torch.split_with_sizes(query_THD, [shape.content, shape.rotary], -1)
+        latent_TL, key_TR = torch.split_with_sizes(self.compress(x_TC), [shape.latent, shape.rotary], -1)
+        latent_T1L = self.ops.rms_norm(latent_TL, None, LATENT_EPS)[:, None]
         read_THL = cast("PagedMemory", memory).attend(
-            (query_THL, angles.rotate(rotary_THR)), (latent_T1L, angles.rotate(key_TR[:, None])), shape.scale, step
+            (self.key(content_THN), angles.rotate(rotary_THR)),
+            (latent_T1L, angles.rotate(key_TR[:, None])),
+            shape.scale,
+            step,
         )
-        value_HTV = torch.bmm(read_THL.to(x_TC.dtype).transpose(0, 1), self.value_HLV)
-        return self.out(value_HTV.transpose(0, 1).flatten(1))
+        return self.out(self.value(read_THL.to(x_TC.dtype)).flatten(1))
 
 
 def read_mla(config: Config, hidden: int, max_positions: int, *, interleaved: bool) -> tuple[MlaShape, Rope]:

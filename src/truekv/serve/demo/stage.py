@@ -55,7 +55,7 @@ class Stage:
             raise Refused(f"{model} has no tokenizer or no chat template; install the package again")
         self.tokenizer = blueprint.tokenizer
         self.template = blueprint.template
-        self.model: Model = blueprint.checkpoint.load("float32")
+        self.model: Model = blueprint.checkpoint.load("float32", blueprint.kernels.ops)
         self.spec = self.model.spec
         self.ends = end_tokens(blueprint.checkpoint.directory, self.tokenizer)
 

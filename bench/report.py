@@ -1,0 +1,126 @@
+"""bench/RESULTS.md and the plot of decode speed against depth, from the last measurements: `python -m bench.report`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from bench.checkpoints import DESCRIPTIONS
+from bench.machine import FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+HERE: Final = Path(__file__).parent
+_TITLES: Final = {
+    "decode": "Decode, tokens/s",
+    "prefill": "Prefill from empty, tokens/s",
+    "append": "Prefill of a chunk at a depth, tokens/s",
+    "memory": "Peak resident memory while decoding, MiB, weights included",
+}
+_HOW: Final = """\
+Checkpoints are random weights in the shapes of released models with a vocabulary of 32,768 (`bench/checkpoints.py`),
+bf16 on both sides. The engines take turns; the best round of each counts, because other jobs on the machine only
+ever slow one down. Caches reach a depth without its prefill: truekv's pages are filled with encoded random rows,
+llama.cpp restores a saved state whose 512 prefilled rows are repeated, transformers gets random tensors. Every row
+lies in memory of its own."""
+
+Measurement = dict[str, Any]
+
+
+def render(measured: Sequence[Measurement]) -> str:
+    """Return the page for what `bench.attention` and `bench.decode` saved."""
+    parts = ["# Results", "Written by `python -m bench.report` from the last run of each command.", _HOW]
+    for one in measured:
+        parts += [f"## `{one['command']}`", _machine(one)]
+        parts += list(_attention(one) if "raw_read_gbps" in one else _decode(one))
+    if any("raw_read_gbps" not in one for one in measured):
+        parts.append("![Decode speed against depth](decode.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(measured: Measurement, path: Path) -> None:
+    """Draw decode speed of one sequence against depth: a panel per model, a colour per format, dashes for the peer."""
+    import_module("matplotlib").use("Agg")
+    plt: Any = import_module("matplotlib.pyplot")  # there with truekv[bench] alone
+    rows = [row for row in measured["rows"] if row["what"] == "decode" and row["batch"] == 1]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        formats = dict.fromkeys((row["format"], row["peer_format"]) for row in rows if row["model"] == model)
+        for index, (ours, theirs) in enumerate(formats):
+            part = [row for row in rows if row["model"] == model and row["format"] == ours]
+            depths = [row["depth"] / 1024 for row in part]
+            panel.plot(depths, [row["truekv"] for row in part], f"C{index}o-", label=f"truekv {ours}")
+            panel.plot(depths, [row["peer"] for row in part], f"C{index}x--", label=f"peer {theirs}")
+        panel.set(title=model, xlabel="depth, thousands of tokens", ylabel="tokens/s", yscale="log")
+        panel.grid(visible=True, which="both", alpha=0.2)
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _machine(one: Measurement) -> str:
+    facts = {**one["machine"], **one["versions"]}
+    return "; ".join(f"{name}: {value}" for name, value in facts.items())
+
+
+def _attention(one: Measurement) -> Iterator[str]:
+    yield f"Raw read: {one['raw_read_gbps']:.2f} GB/s. GB/s of stored rows, and the fraction of raw read."
+    yield _table(
+        ("shape", "format", "context", "batch", "GB/s", "of raw read"),
+        [
+            (row["shape"], row["format"], f"{row['context']:,}", row["batch"], f"{row['gbps']:.2f}", _percent(row))
+            for row in one["rows"]
+        ],
+    )
+
+
+def _percent(row: Measurement) -> str:
+    return f"{row['fraction_of_raw_read']:.0%}"
+
+
+def _decode(one: Measurement) -> Iterator[str]:
+    names = dict.fromkeys(row["model"] for row in one["rows"])
+    yield "\n".join(f"- {name}: {DESCRIPTIONS[name]}" for name in names)
+    for what, title in _TITLES.items():
+        rows = [row for row in one["rows"] if row["what"] == what]
+        if rows:
+            yield f"### {title}"
+            yield _table(
+                ("model", "depth", "sequences", "tokens", "format", "peer's", "truekv", "peer", "ratio"),
+                [_cells(row, 2**20 if what == "memory" else 1) for row in rows],
+            )
+
+
+def _cells(row: Measurement, unit: int) -> tuple[object, ...]:
+    ours, theirs = row["truekv"] / unit, row["peer"] / unit
+    digits = 0 if unit > 1 else 2
+    what = row["model"], f"{row['depth']:,}", row["batch"], row["tokens"] or "", row["format"], row["peer_format"]
+    return *what, f"{ours:,.{digits}f}", f"{theirs:,.{digits}f}", f"{ours / theirs:.2f}x"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def main() -> int:
+    """Write the page, and the plot if a peer was measured."""
+    paths = [FOLDER / name for name in ("attention.json", "decode-llama.cpp.json", "decode-transformers.json")]
+    measured = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    if not measured:
+        print("nothing was measured yet; run 'python -m bench.attention' or 'python -m bench.decode'", file=sys.stderr)
+        return 2
+    (HERE / "RESULTS.md").write_text(render(measured))
+    decoded = [one for one in measured if "raw_read_gbps" not in one]
+    if decoded:
+        plot(decoded[0], HERE / "decode.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

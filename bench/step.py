@@ -1,0 +1,97 @@
+"""Where the time of one decoded token goes: `python -m bench.step`.
+
+Every native call of a step is timed from Python; what is left is the engine's own Python and torch's small
+operations. Every line is the least of many steps, because other jobs only ever slow one down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from bench.checkpoints import CONFIGS, checkpoint
+from bench.engines.truekv import start
+from bench.machine import native
+
+if TYPE_CHECKING:
+    import ctypes
+    from collections.abc import Callable, Generator
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One step: milliseconds of each operation and of what is around them, and how often each is called."""
+
+    operations: dict[str, float]
+    outside: float
+    calls: dict[str, int]
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of the step."""
+        return self.outside + sum(self.operations.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and print a table or one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser.add_argument("--model", choices=tuple(CONFIGS), default="hybrid")
+    parser.add_argument("--format", default="int8", metavar="FORMAT")
+    parser.add_argument("--depth", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    asked = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
+    best = fastest(str(checkpoint(asked.model)), asked.format, asked.depth, asked.threads, asked.steps)
+    if asked.json:
+        print(json.dumps(asdict(best) | {"total": best.total}))
+        return 0
+    for name, spent in sorted(best.operations.items(), key=lambda item: -item[1]):
+        print(f"{name:12s} {best.calls[name]:5d} calls {spent:8.3f} ms {spent / best.total:6.1%}")
+    print(f"{'outside':12s} {'':11s} {best.outside:8.3f} ms {best.outside / best.total:6.1%}")
+    print(f"{'step':12s} {sum(best.calls.values()):5d} calls {best.total:8.3f} ms")
+    return 0
+
+
+def fastest(model: str, kv: str, depth: int, threads: int, steps: int) -> Profile:
+    """Return the least times of so many steps at a depth."""
+    engine, _ = start(model, kv, depth + steps + 8, 1, threads)
+    engine.fill(depth, 1)
+    engine.decode(4)
+    seen = list(profiles(engine.decode, steps))
+    operations = {op: min(one.operations[op] for one in seen) for op in seen[0].operations}
+    return Profile(operations, min(one.outside for one in seen), seen[0].calls)
+
+
+def profiles(decode: Callable[[int], list[float]], steps: int) -> Generator[Profile]:
+    """Run steps one by one, every native call timed."""
+    library = native()
+    call = library.call
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+
+    def timed(op: str, arguments: ctypes.Structure) -> None:
+        begin = time.perf_counter_ns()
+        call(op, arguments)
+        spent[op] += time.perf_counter_ns() - begin
+        calls[op] += 1
+
+    with mock.patch.object(library, "call", timed):
+        for _ in range(steps):
+            spent.clear()
+            calls.clear()
+            (total,) = decode(1)
+            operations = {op: nanoseconds / 1e6 for op, nanoseconds in spent.items()}
+            yield Profile(operations, total * 1e3 - sum(operations.values()), dict(calls))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

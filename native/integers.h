@@ -1,0 +1,276 @@
+// Attention over rows of small integers (int8, and levels that four or three bits choose between), without floats.
+//
+// A float times a small integer needs no multiplication of floats: a query row, and the 32 weights of a block, are
+// written as integers of 24 bits, three digits of a byte each. One instruction then multiplies 64 digits by 64 numbers
+// and adds fours of products to sixteen sums. The sums are exact, so their order is free, and only digits meet in f32.
+//
+// Rows are laid out anew on the way, so that no sum runs across a register: for scores a lane is a token and holds
+// four dims of it; for weighted sums a lane is a dim and holds four tokens of it.
+#pragma once
+
+#include "rows.h"
+
+namespace ISA {
+namespace {
+
+#if defined(__AVX512VNNI__)
+#define INTEGERS 1
+
+constexpr int DIGITS = 3;
+constexpr float LARGEST_KEY_DIGITS = 8355711;      // 127 + 127 * 256 + 127 * 65536: digits from -128 to 127
+constexpr float LARGEST_WEIGHT_DIGITS = 16777000;  // digits from 0 to 255
+
+INLINE bool of_integers(int code) { return code == INT8 || code == LM4 || code == LM3; }
+INLINE int padded(int dim) { return up(dim, 64) * 64; }
+
+// Two 4-bit codes share a byte until they are multiplied: one byte of a row then stands for PLANES numbers.
+INLINE int planes(int code) { return code == LM4 ? 2 : 1; }
+
+// The dim that a lane of a weighted sum stands for: what two rounds of `unpack` make of 64 bytes, plane after plane.
+INLINE int value_lanes(int code, int dim) { return planes(code) * padded(dim / planes(code)); }
+
+INLINE int dim_of_lane(int code, int dim, int lane) {
+  int place = lane % LANES, plane = lane / LANES % planes(code), vector = lane / LANES / planes(code);
+  int byte = vector / 4 * 64 + place / 4 * 16 + vector % 4 * 4 + place % 4, held = dim / planes(code);
+  return byte < held ? byte + plane * held : -1;
+}
+
+INLINE __mmask64 until(int bytes) { return bytes >= 64 ? ~0ull : (1ull << bytes) - 1; }
+
+// A query row: [digit][padded dim], then what makes up for unsigned keys, one number per digit, and the unit.
+INLINE int query_floats(int dim) { return DIGITS * padded(dim) / 4 + LANES; }
+
+inline void write_query(const float* x, int dim, float* to) {
+  int8_t* digits = (int8_t*)to;
+  const int stride = padded(dim);
+  float most = 0, nothing = 0;
+  for (int i = 0; i < dim; i++) most = std::max(most, fabsf(x[i])), nothing += x[i] * 0;
+  double unit = most / (double)LARGEST_KEY_DIGITS;
+  int32_t offset[DIGITS] = {};
+  memset(digits, 0, DIGITS * stride);
+  for (int i = 0; i < dim && unit > 0 && nothing == 0; i++) {
+    int32_t n = (int32_t)lrint(x[i] / unit);
+    for (int d = 0; d < DIGITS; d++) {
+      int8_t digit = (int8_t)(n & 255);
+      digits[d * stride + i] = digit;
+      offset[d] -= 128 * digit;
+      n = (n - digit) / 256;
+    }
+  }
+  float held = (float)unit + nothing;  // NaN where a number is
+  memcpy(digits + DIGITS * stride, offset, sizeof offset);
+  memcpy(digits + DIGITS * stride + sizeof offset, &held, sizeof held);
+}
+
+INLINE F32 from_digits(const I32* d, int stride) {
+  return fma(to_f32(d[2 * stride]), all(65536.0f), fma(to_f32(d[stride]), all(256.0f), to_f32(d[0])));
+}
+
+INLINE I32 dot(I32 to, __m512i unsigned_bytes, __m512i signed_bytes) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)to, unsigned_bytes, signed_bytes);
+}
+
+INLINE __m512i four(const void* bytes) { return _mm512_set1_epi32(load<int32_t>(bytes)); }
+
+// The numbers of 64 bytes, plus 128 for keys.
+template <int PLANES, bool KEY>
+INLINE void numbers_of(__m512i bytes, __m512i* to) {
+  const __m512i offset = _mm512_set1_epi8(KEY ? -128 : 0);
+  if (PLANES == 1) {
+    to[0] = _mm512_xor_si512(bytes, offset);
+  } else {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i levels =
+        _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)LEVELS4)), offset);
+    to[0] = _mm512_shuffle_epi8(levels, _mm512_and_si512(bytes, low));
+    to[PLANES - 1] = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+  }
+}
+
+// A row of 3-bit codes becomes bytes, dim after dim.
+INLINE void spread3(const uint8_t* row, int dim, uint8_t* to) {
+  const I8 levels = load<I8>(LEVELS3);
+  const int eighth = dim / 8;
+  for (int i = 0; i < eighth; i += LANES) {
+    U8 low[2] = {load<U8>(row + i), load<U8>(row + i + eighth)}, high = load<U8>(row + i + 2 * eighth);
+    __mmask16 held = (__mmask16)until(eighth - i);
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; part++) {
+      U8 code = (low[part % 2] >> (part / 2 * 2) & 3) | ((high >> part & 1) << 2);
+      I8 numbers = look_up(levels, code);
+      if (held == 0xFFFF) store(to + part * eighth + i, numbers);
+      else _mm_mask_storeu_epi8(to + part * eighth + i, held, (__m128i)numbers);
+    }
+  }
+}
+
+// Rows of bytes, and how far apart they are.
+struct Bytes {
+  const uint8_t* at;
+  int stride;
+};
+
+INLINE Bytes spread(int code, const uint8_t* rows, int bytes, int dim, uint8_t* to) {
+  if (code != LM3) return {rows, bytes};
+  for (int t = 0; t < KEYS; t++) spread3(rows + t * bytes, dim, to + t * padded(dim));
+  return {to, padded(dim)};
+}
+
+// Sixteen rows of 64 bytes -> sixteen registers of four bytes of every row.
+INLINE void transpose(__m512i* r) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+      b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+    }
+  // b[4 i + j]: quarter q holds dword 4 q + j of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    __m512i even[2] = {_mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88)};
+    __m512i odd[2] = {_mm512_shuffle_i32x4(b[j], b[4 + j], 0xDD), _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xDD)};
+    r[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xDD);
+    r[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+    r[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xDD);
+  }
+}
+
+// [fours of bytes][32 tokens][4]: keys as lanes of tokens.
+INLINE void lay_keys(const Bytes& rows, int bytes, uint8_t* to) {
+  for (int half = 0; half < 2; half++)
+    for (int i = 0; i < bytes; i += 64) {
+      __mmask64 held = until(bytes - i);
+      const uint8_t* from = rows.at + 16 * half * rows.stride + i;
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int t = 0; t < 16; t++, from += rows.stride) r[t] = _mm512_maskz_loadu_epi8(held, from);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++) _mm512_store_si512(to + (i / 4 + j) * 128 + 64 * half, r[j]);
+    }
+}
+
+// [fours of tokens][padded bytes][4]: values as lanes of dims.
+INLINE void lay_values(const Bytes& rows, int bytes, uint8_t* to) {
+  for (int t = 0; t < KEYS; t += 4)
+    for (int i = 0; i < bytes; i += 64, to += 256) {
+      __mmask64 held = until(bytes - i);
+      __m512i r[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) r[j] = _mm512_maskz_loadu_epi8(held, rows.at + (t + j) * rows.stride + i);
+      __m512i low[2] = {_mm512_unpacklo_epi8(r[0], r[1]), _mm512_unpacklo_epi8(r[2], r[3])};
+      __m512i high[2] = {_mm512_unpackhi_epi8(r[0], r[1]), _mm512_unpackhi_epi8(r[2], r[3])};
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(low[0], low[1]));
+      _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(low[0], low[1]));
+      _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(high[0], high[1]));
+      _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(high[0], high[1]));
+    }
+}
+
+// scores[r][t] = query r * key t for ROWS queries and the 32 keys that `lay_keys` laid out.
+// The rows that are needed later are fetched a little at a time: `ahead` bytes from `next` on at each step.
+template <int PLANES, int ROWS>
+void score_integers(const uint8_t* laid, int dim, const float* query, float* scores, const uint8_t* next, int ahead) {
+  const int stride = padded(dim), row = 4 * query_floats(dim);
+  const uint8_t* q = (const uint8_t*)query;
+  I32 part[ROWS][DIGITS][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+    for (int d = 0; d < DIGITS; d++)
+      part[r][d][0] = part[r][d][1] = all(load<int32_t>(q + r * row + DIGITS * stride + 4 * d));
+  for (int i = 0; i < dim / PLANES; i += 4, laid += 128, next += ahead) {
+    fetch(next, ahead);
+    __m512i keys[2][PLANES];
+    numbers_of<PLANES, true>(_mm512_load_si512(laid), keys[0]);
+    numbers_of<PLANES, true>(_mm512_load_si512(laid + 64), keys[1]);
+#pragma GCC unroll 2
+    for (int p = 0; p < PLANES; p++)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+        for (int d = 0; d < DIGITS; d++) {
+          __m512i digits = four(q + r * row + d * stride + p * (dim / 2) + i);
+          part[r][d][0] = dot(part[r][d][0], keys[0][p], digits);
+          part[r][d][1] = dot(part[r][d][1], keys[1][p], digits);
+        }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    F32 unit = all(load<float>(q + r * row + DIGITS * stride + 4 * DIGITS));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++)
+      store(scores + r * KEYS + half * LANES, from_digits(&part[r][0][half], 2) * unit);
+  }
+}
+
+// The weights of one row and block as digits: [digit][32], then the unit.
+constexpr int WEIGHT_BYTES = DIGITS * KEYS + 32;
+
+INLINE void write_weights(const float* weights, uint8_t* to) {
+  F32 w[2] = {load<F32>(weights), load<F32>(weights + LANES)};
+  float most = largest(max(w[0], w[1]));
+  // Of rows that weigh less nothing would be left beside the heaviest ones.
+  F32 scale = all(most > 1e-30f ? LARGEST_WEIGHT_DIGITS / most : 0.0f);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    __m512i n = _mm512_cvtps_epi32((__m512)(w[half] * scale));
+#pragma GCC unroll 3
+    for (int d = 0; d < DIGITS; d++)
+      _mm_storeu_si128((__m128i*)(to + d * KEYS + half * LANES), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8 * d)));
+  }
+  float unit = most / LARGEST_WEIGHT_DIGITS;
+  memcpy(to + DIGITS * KEYS, &unit, sizeof unit);
+}
+
+// The steps of `weigh_integers`.
+INLINE int weigh_steps(int rows, int lanes) { return lanes / ((rows == 4 ? 2 : 4) * LANES) * (KEYS / 4); }
+
+// mean[r] += weights[r] * the values that `lay_values` laid out, for ROWS rows and VECTORS vectors of lanes at a time.
+template <int PLANES, int ROWS>
+void weigh_integers(const uint8_t* laid, int lanes, const uint8_t* weights, float* mean, const uint8_t* next,
+                    int ahead) {
+  constexpr int VECTORS = ROWS == 4 ? 2 : 4;
+  for (int at = 0; at < lanes; at += VECTORS * LANES) {
+    I32 part[ROWS][DIGITS][VECTORS] = {};
+    for (int t = 0; t < KEYS; t += 4, next += ahead) {
+      fetch(next, ahead);
+      __m512i values[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v += PLANES)
+        numbers_of<PLANES, false>(_mm512_load_si512(laid + (t * lanes + 4 * (at + v * LANES)) / PLANES), values + v);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+        for (int d = 0; d < DIGITS; d++) {
+          __m512i digits = four(weights + r * WEIGHT_BYTES + d * KEYS + t);
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; v++) part[r][d][v] = dot(part[r][d][v], digits, values[v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      F32 unit = all(load<float>(weights + r * WEIGHT_BYTES + DIGITS * KEYS));
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) {
+        float* to = mean + r * lanes + at + v * LANES;
+        store(to, fma(from_digits(&part[r][0][v], VECTORS), unit, load<F32>(to)));
+      }
+    }
+  }
+}
+
+#else
+#define INTEGERS 0
+#endif
+
+}  // namespace
+}  // namespace ISA

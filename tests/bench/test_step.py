@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from bench import step
+
+from truekv.kernels.native.library import library
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.skipif(library() is None, reason="the native library was not built")
+def test_every_native_call_of_a_step_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert folder.is_dir()
+    assert step.main(["--depth", "40", "--threads", "1", "--steps", "3", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    # Three recurrent layers and one of attention: two norms each, those of queries and keys, and the last one.
+    calls = {"gdn": 3, "delta_gates": 3, "gated_norm": 3, "attend": 1, "store": 2, "activate": 4, "rms_norm": 11}
+    assert calls.items() <= printed["calls"].items()
+    # Per layer into and out of the mixer, into and out of the MLP; and the head.
+    assert printed["calls"]["linear"] == 17
+    # Rows once, inputs and states once each.
+    assert printed["calls"]["finite"] == 7
+    assert printed["operations"].keys() == printed["calls"].keys()
+    assert printed["total"] > printed["outside"] > 0

@@ -1,0 +1,275 @@
+"""The native recurrent rules against the reference, on every instruction set, and bitwise against themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import torch
+from memory.toys import Toy, gdn, make_arena, mamba2, random_tokens, states
+
+from truekv.core.batch import Chunk, Step
+from truekv.core.errors import Refused
+from truekv.core.folder import members
+from truekv.kernels.native import library as native
+from truekv.kernels.native.timeline import MAX_TAPS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from truekv.core.protocols import ScanKernel
+    from truekv.core.spec import Recurrent
+
+LIBRARY = native.library()
+ISAS = () if LIBRARY is None else LIBRARY.isas
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
+
+REFERENCE = cast("dict[str, ScanKernel]", members("truekv.kernels.reference", "SCAN"))
+NATIVE = cast("dict[str, ScanKernel]", members("truekv.kernels.native", "SCAN"))
+
+# Odd sizes, sizes on the edge of a vector and of a block of columns, and those of real models.
+LAYERS = (
+    gdn(),
+    gdn(key_heads=1, value_heads=1, key_dim=4, value_dim=4),
+    gdn(key_heads=2, value_heads=6, key_dim=20, value_dim=12, taps=2),
+    gdn(key_heads=1, value_heads=2, key_dim=17, value_dim=40, taps=MAX_TAPS),
+    gdn(key_heads=1, value_heads=3, key_dim=64, value_dim=96, taps=5),
+    gdn(key_heads=1, value_heads=2, key_dim=128, value_dim=128),
+    mamba2(),
+    mamba2(heads=1, head_dim=4, groups=1, size=4),
+    mamba2(heads=6, head_dim=10, groups=3, size=12, taps=2),
+    mamba2(heads=10, head_dim=9, groups=2, size=33, taps=MAX_TAPS),
+    mamba2(heads=5, head_dim=64, groups=1, size=128, taps=3),
+)
+SMALL = (LAYERS[0], LAYERS[2], LAYERS[4], LAYERS[6], LAYERS[8], LAYERS[9])
+SLOTS, DRAFTS = 7, 5
+
+
+def name_of(value: object) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    layer = cast("Recurrent", value)
+    return f"{layer.rule}-{'x'.join(map(str, layer.state[0].shape))}-{layer.state[1].shape[1] + 1}"
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert LIBRARY is not None
+    with LIBRARY.using(request.param):
+        yield request.param
+
+
+@dataclasses.dataclass
+class Case:
+    """A layer's inputs, weights and memory, and a step over some of its slots."""
+
+    layer: Recurrent
+    inputs: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    log: dict[str, torch.Tensor]
+    step: Step
+
+    def run(self, scan: ScanKernel) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the output and what memory holds afterwards; the case stays as it is."""
+        state = {name: slab.clone() for name, slab in self.state.items()}
+        log = {name: slab.clone() for name, slab in self.log.items()}
+        return scan(self.layer, self.inputs, self.weights, state, log, self.step), state, log
+
+
+def random_case(layer: Recurrent, dtype: torch.dtype, seed: int) -> Case:
+    """Rows of any length in any slots, any number replayed, any number drafts; all else in memory is NaN."""
+    chance, make = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows = chance.randint(1, 5)
+    counts = [chance.choice((0, 1, 1, 2, 5, 31, 32, 33, 70)) for _ in range(rows)]
+    counts[chance.randrange(rows)] = chance.randint(1, 40)
+    drafts = [chance.randint(0, min(count, DRAFTS)) for count in counts]
+    replay = [chance.randint(0, DRAFTS) for _ in counts]
+    slots = chance.sample(range(SLOTS), rows)
+    heads, tokens = layer.state[0].shape[0], sum(counts)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=make)
+
+    def per_head(*leading: int) -> dict[str, torch.Tensor]:
+        if layer.rule == "gdn":
+            return {"beta": some(*leading, heads).sigmoid(), "decay": -some(*leading, heads).abs()}
+        return {"dt": some(*leading, heads).abs()}
+
+    channels, width = layer.state[1].shape
+    weights = {"conv": some(channels, width + 1).to(dtype)}
+    if layer.rule == "mamba2":
+        weights |= {"conv_bias": some(channels).to(dtype), "A": -some(heads).abs(), "D": some(heads)}
+    state = {"state": some(SLOTS, *layer.state[0].shape), "conv": some(SLOTS, channels, width).to(dtype)}
+    log = {"conv": some(SLOTS, DRAFTS, channels).to(dtype), **per_head(SLOTS, DRAFTS)}
+    for slot in range(SLOTS):
+        logged = replay[slots.index(slot)] if slot in slots else 0
+        for slab in log.values():
+            slab[slot, logged:] = torch.nan
+        for slab in () if slot in slots else state.values():
+            slab[slot] = torch.nan
+    inputs = {"conv": some(tokens, channels + 3)[:, 2:-1].to(dtype), **per_head(tokens)}
+    return Case(layer, inputs, weights, state, log, make_step(counts, drafts, replay, slots))
+
+
+def make_step(counts: list[int], drafts: list[int], replay: list[int], slots: list[int]) -> Step:
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+    tokens, longest = sum(counts), max(counts)
+    unused = torch.zeros(tokens, dtype=torch.int64)
+    return Step(
+        tokens=unused,
+        positions=unused,
+        owner=torch.tensor([row for row, count in enumerate(counts) for _ in range(count)]),
+        offset=torch.tensor([place for count in counts for place in range(count)]),
+        gather=torch.tensor(
+            [
+                [min(start + min(place, max(count - 1, 0)), tokens - 1) for place in range(longest)]
+                for start, count in zip(starts, counts, strict=True)
+            ]
+        ),
+        position=torch.tensor(replay),
+        count=torch.tensor(counts),
+        certain=torch.tensor([count - drafted for count, drafted in zip(counts, drafts, strict=True)]),
+        replay=torch.tensor(replay),
+        slot=torch.tensor(slots),
+        pages=unused[None],
+        page=unused,
+        line=unused,
+    )
+
+
+@functools.cache
+def expected_of(layer: Recurrent, dtype: torch.dtype, seed: int) -> tuple[Case, Any]:
+    """A case and what the reference makes of it; slow, so once for all instruction sets."""
+    case = random_case(layer, dtype, seed)
+    return case, case.run(REFERENCE[layer.rule])
+
+
+def far(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a fraction of the largest number."""
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layer", LAYERS, ids=name_of)
+def test_every_instruction_set_equals_the_reference(layer: Recurrent, dtype: torch.dtype, isa: str) -> None:
+    del isa
+    for seed in range(2):
+        case, (expected, expected_state, expected_log) = expected_of(layer, dtype, seed)
+        got, state, log = case.run(NATIVE[layer.rule])
+        assert got.dtype == torch.float32
+        assert far(got, expected) < 2e-6
+        assert far(state["state"][case.step.slot], expected_state["state"][case.step.slot]) < 2e-6
+        assert torch.equal(state["conv"][case.step.slot], expected_state["conv"][case.step.slot])
+        drafts = (case.step.count - case.step.certain).tolist()
+        for name, slab in log.items():
+            for slot, logged in zip(case.step.slot.tolist(), drafts, strict=True):
+                assert torch.equal(slab[slot, :logged], expected_log[name][slot, :logged])
+
+
+@pytest.mark.parametrize("layer", SMALL, ids=name_of)
+def test_other_slots_and_the_rest_of_the_log_keep_their_bytes(layer: Recurrent) -> None:
+    for seed in range(4):
+        case = random_case(layer, torch.float32, seed)
+        _, state, log = case.run(NATIVE[layer.rule])
+        drafts = dict(zip(case.step.slot.tolist(), (case.step.count - case.step.certain).tolist(), strict=True))
+        for slot in range(SLOTS):
+            for name, slab in log.items():
+                before = case.log[name][slot, drafts.get(slot, 0) :]
+                assert torch.equal(slab[slot, drafts.get(slot, 0) :].view(torch.int32), before.view(torch.int32))
+            if slot not in drafts:
+                assert all(torch.isnan(slab[slot]).all() for slab in state.values())
+
+
+@pytest.mark.parametrize("layer", SMALL, ids=name_of)
+def test_the_number_of_threads_changes_nothing_bitwise(layer: Recurrent, isa: str) -> None:
+    del isa
+    case = random_case(layer, torch.bfloat16, 1)
+    alone = case.run(NATIVE[layer.rule])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, state, _ = case.run(NATIVE[layer.rule])
+            assert torch.equal(out, alone[0])
+            assert torch.equal(state["state"][case.step.slot], alone[1]["state"][case.step.slot])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layer", SMALL, ids=name_of)
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_chunks_drafts_and_companions_change_nothing_bitwise(layer: Recurrent, drafts: int, isa: str) -> None:
+    """Chunks shorter than the convolution and longer than a run, among companions, under poison."""
+    toy, arena = Toy((layer,)), make_arena((layer,), drafts=drafts)
+    assert arena.kernels.backend == "native"
+    sequence, companion = arena.open(), arena.open()
+    tokens = random_tokens(120)
+    for turn, count in enumerate((1, 1, 2, 33, 1, 5, 40, 1)):
+        start = sequence.position
+        guesses = random_tokens(drafts, seed=turn)
+        accepted = min(turn % (drafts + 1), len(tokens) - start - count)
+        certain, following = tokens[start : start + count], tokens[start + count :][:accepted]
+        guesses[:accepted] = following
+        chunks = [Chunk(sequence, certain + guesses, drafts), Chunk(companion, random_tokens(1 + 35 * (turn % 2)))]
+        outs = toy.run(arena, *(chunks if turn % 2 else chunks[::-1]))
+        own = outs[0 if turn % 2 else 1]
+        assert torch.equal(own, toy.plain((*tokens[:start], *certain, *guesses))[start:]), isa
+        arena.advance(sequence, count + accepted)
+        arena.advance(companion, len(chunks[1].tokens))
+    if not drafts:
+        whole = make_arena((layer,), poison=False, max_num_seqs=1)
+        alone = whole.open()
+        toy.feed(whole, alone, tokens[: sequence.position])
+        assert all(map(torch.equal, states(arena, sequence), states(whole, alone)))
+
+
+def test_gates_at_their_ends_stay_exact() -> None:
+    """A decay that forgets everything, one that forgets nothing, beta 0 and 1, channels of zeros and denormals."""
+    for layer in (LAYERS[0], LAYERS[6]):
+        case = random_case(layer, torch.float32, 3)
+        ends = torch.tensor([0.0, -0.0, -1e-42, -88.0, -200.0, -torch.inf])
+        for name, values in case.inputs.items():
+            if name == "decay":
+                values.copy_(ends.repeat(values.numel())[: values.numel()].view_as(values))
+            elif name == "beta":
+                values.copy_((torch.arange(values.numel()) % 2).view_as(values))
+            elif name == "dt":
+                values.copy_(torch.tensor([0.0, 1e-42, 1e4]).repeat(values.numel())[: values.numel()].view_as(values))
+            else:
+                values[::3] = 0.0
+                values[1::3] = -1e-42
+        expected, expected_state, _ = case.run(REFERENCE[layer.rule])
+        got, state, _ = case.run(NATIVE[layer.rule])
+        assert far(got, expected) < 2e-6
+        assert far(state["state"][case.step.slot], expected_state["state"][case.step.slot]) < 2e-6
+
+
+@pytest.mark.parametrize("value", [-1e30, -200.0, -88.5, 88.5, 200.0, 1e30])
+def test_channels_far_from_zero_keep_silu_finite(value: float) -> None:
+    case = random_case(LAYERS[6], torch.float32, 5)
+    case.inputs["conv"][-1] = value
+    expected, got = case.run(REFERENCE["mamba2"])[0], case.run(NATIVE["mamba2"])[0]
+    assert torch.isfinite(got).all() == torch.isfinite(expected).all()
+    if abs(value) < 1e3:
+        assert far(got, expected) < 2e-6
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    case = random_case(LAYERS[0], torch.float32, 0)
+    case.weights["conv"] = case.weights["conv"].bfloat16()
+    with pytest.raises(Refused, match=r"in one dtype, float32 or bfloat16, not in torch\.bfloat16, torch\.float32"):
+        case.run(NATIVE["gdn"])
+
+
+def test_too_many_taps_are_refused() -> None:
+    case = random_case(gdn(taps=MAX_TAPS + 1), torch.float32, 0)
+    with pytest.raises(Refused, match=f"at most {MAX_TAPS} taps, not {MAX_TAPS + 1}; use the reference backend"):
+        case.run(NATIVE["gdn"])
+
+
+def test_every_rule_of_the_reference_is_native() -> None:
+    assert set(NATIVE) == set(REFERENCE)

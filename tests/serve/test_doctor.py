@@ -1,0 +1,80 @@
+"""`truekv doctor`: the machine, the library and the kernel table."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from truekv.core.options import EngineOptions
+from truekv.kernels.native import library as native
+from truekv.serve.assemble import design
+from truekv.serve.doctor import examine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from command_line import Outcome
+
+    Call = Callable[..., Outcome]
+
+
+def test_the_report_names_the_library_that_is_loaded(truekv: Call) -> None:
+    found = native.library()
+    if found is None:
+        pytest.skip("the native library is not built")
+    report = json.loads(truekv("doctor", "--json").out)["library"]
+    assert report == {
+        "path": str(found.path),
+        "instruction_sets": list(found.isas),
+        "chosen": found.isas[-1],
+        "problem": None,
+    }
+    printed = truekv("doctor").out
+    assert str(found.path) in printed
+    assert f"[{found.isa}]" in printed
+
+
+def test_another_instruction_set_is_reported_while_it_is_used() -> None:
+    found = native.library()
+    if found is None:
+        pytest.skip("the native library is not built")
+    with found.using("baseline"):
+        assert examine(None, EngineOptions()).library.chosen == "baseline"
+
+
+def test_a_models_kernels_are_those_of_its_engine(truekv: Call) -> None:
+    report = json.loads(truekv("doctor", "tiny-hybrid", "--kv-cache-dtype", "int8/kv4", "--json").out)
+    kernels = design("tiny-hybrid", EngineOptions(kv_cache_dtype="int8/kv4")).kernels.describe()
+    assert [(f"{row['operation']} {row['on']}", row["backend"]) for row in report["kernels"]] == list(kernels)
+    assert {row["operation"] for row in report["kernels"]} == {"scan", "store", "attend"}
+    for row in report["kernels"]:
+        assert row["instruction_set"] == (report["library"]["chosen"] if row["backend"] == "native" else "torch")
+
+
+def test_the_table_says_what_each_operation_works_on(truekv: Call) -> None:
+    printed = truekv("doctor", "tiny-mla", "--kv-cache-dtype", "int8").out
+    assert "latent=int8 1x128, rope=int8 1x64" in printed
+
+
+def test_without_a_library_it_says_why_and_what_to_do(truekv: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    done = truekv("doctor")
+    assert done.code == 0
+    assert "no C++ compiler when truekv was installed; install one and install truekv again" in done.out
+    assert "the reference kernels run, which are 50-100x slower" in done.out
+
+
+def test_a_library_that_cannot_be_loaded_is_reported(truekv: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise OSError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(native, "library", broken)
+    assert "it cannot be loaded: libgomp.so.1" in truekv("doctor").out
+
+
+def test_a_model_that_cannot_run_is_refused(truekv: Call) -> None:
+    done = truekv("doctor", "tiny-hybrid", "--kv-cache-dtype", "int9")
+    assert done.code == 2
+    assert "int8" in done.err

@@ -1,0 +1,28 @@
+"""Run tests on a native library built with -DSANITIZE=ON: python tools/sanitize.py FOLDER [PYTEST ...].
+
+The process must be started with libasan preloaded; `make sanitize` does both.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import truekv.kernels.native as package
+from truekv.kernels.native.library import library
+
+
+def main() -> int:
+    """Put the folder first where the library is looked for, and run pytest."""
+    folder, *arguments = sys.argv[1:]
+    package.__path__.insert(0, str(Path(folder).resolve()))
+    found = library()
+    if found is None or not found.path.is_relative_to(Path(folder).resolve()):
+        sys.exit(f"{folder} holds no native library: build it there with -DSANITIZE=ON")
+    return pytest.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
