@@ -7,7 +7,7 @@ import pytest
 from truekv import LLM, SamplingParams
 from truekv.tiny import tasks
 
-EXAMPLES = 40
+EXAMPLES = 100
 
 
 @pytest.fixture(scope="module", params=["hybrid", "mla", "dense"])
