@@ -63,7 +63,7 @@ def describe(threads: int) -> dict[str, str]:
         "cores": f"{os.cpu_count()}, of which {threads} were used",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "instruction set": library.isa,
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python, torch": f"{platform.python_version()}, {torch.__version__}",
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
