@@ -34,8 +34,8 @@ PEER_READY: Final = FOLDER / "peer" / "ready"
 NO_PEER: Final = "llama.cpp is not built here; build it with 'make bench-peer', or name another engine with --peer"
 
 
-SAME: Final = 0.75
-"""Least correlation of both engines' logits; 4-bit rows cost random weights up to two tenths, a wrong model all."""
+SAME: Final = 0.9
+"""Least correlation of both engines' logits; 4-bit rows cost random weights a few hundredths, a wrong model all."""
 SAME_TOKENS: Final = 48
 
 
