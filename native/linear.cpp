@@ -52,7 +52,7 @@ namespace {
 
 constexpr int64_t PANEL = 64;     // outputs
 constexpr int64_t BLOCK = 1024;   // inputs of a panel that are multiplied with all rows of a chunk before the next
-constexpr int64_t RUN = 32;       // inputs that are summed on their own: rounding grows with RUN + in / RUN, not with in
+constexpr int64_t RUN = 128;      // inputs that are summed on their own: rounding grows with RUN + in / RUN, not with in
 constexpr int64_t CHUNK = 192;    // rows whose sums rest in the scratch
 constexpr int64_t ALONE = 1 << 16;  // products below which waking another thread costs more than it saves
 
