@@ -8,6 +8,7 @@ import torch
 
 from truekv import LLM, Corrupted, Refused, SamplingParams
 from truekv.core.batch import Chunk
+from truekv.core.options import Speculation
 from truekv.engine.generate import Ended, Failed, Sampled, Stored
 
 if TYPE_CHECKING:
@@ -118,7 +119,9 @@ def test_the_same_seed_gives_the_same_tokens_in_any_company(llm: LLM) -> None:
 
 
 def test_drafts_are_verified_with_logits_for_every_token(directory: Path) -> None:
-    llm = LLM(str(directory), max_model_len=128, num_speculative_tokens=3, debug_poison=True)
+    llm = LLM(
+        str(directory), max_model_len=128, speculative_config=Speculation(num_speculative_tokens=3), debug_poison=True
+    )
     runner, tokens = engine_of(llm).runner, PROMPTS[0]
     expected = llm.logits(tokens)
     for accepted in range(4):

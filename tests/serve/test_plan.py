@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from truekv.core.config import Config
 from truekv.core.errors import DoesNotFit, Refused
-from truekv.core.options import EngineOptions
+from truekv.core.options import EngineOptions, Speculation
 from truekv.formats.choice import names
 from truekv.models.weights import Checkpoint, understand
 from truekv.serve.plan import Request, parse_size, run
@@ -46,8 +46,13 @@ def released(name: str) -> Checkpoint:
     return Checkpoint(Path("/nowhere"), Config(values), understand(Config(values)), {})
 
 
+def guesses(drafts: int) -> Speculation | None:
+    return Speculation(num_speculative_tokens=drafts) if drafts else None
+
+
 def planned(name: str, **asked: Any) -> dict[str, Any]:
     memory, weights = asked.pop("memory", None), asked.pop("weights", None)
+    asked["speculative_config"] = guesses(asked.pop("num_speculative_tokens", 0))
     return Request(name, released(name), EngineOptions(**asked), memory, weights).plan().as_json()
 
 
@@ -440,7 +445,7 @@ def test_every_format_plans_on_every_family() -> None:
     for config in FAMILIES:
         for asked in names():
             for drafts in (0, 3):
-                options = EngineOptions(kv_cache_dtype=asked, num_speculative_tokens=drafts)
+                options = EngineOptions(kv_cache_dtype=asked, speculative_config=guesses(drafts))
                 try:
                     plan = Request(config, released(config), options, memory=200 * GIB).plan().plan
                 except Refused as error:
@@ -595,7 +600,7 @@ def test_any_config_plans_or_is_refused(data: st.DataObject, name: str, kv_cache
             inner[field] = data.draw(JSON)
     with tempfile.TemporaryDirectory() as path:
         (Path(path) / "config.json").write_text(json.dumps(values))
-        options = EngineOptions(kv_cache_dtype=kv_cache_dtype, num_speculative_tokens=drafts)
+        options = EngineOptions(kv_cache_dtype=kv_cache_dtype, speculative_config=guesses(drafts))
         try:
             plan = Request("m", Checkpoint.open(path), options, memory=4 * GIB, weights=0).plan().as_json()
         except Refused as error:

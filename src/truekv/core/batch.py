@@ -35,6 +35,8 @@ class Chunk:
     sequence: Sequence
     tokens: list[int]
     drafts: int = 0
+    room: int = 0
+    """Lines after these tokens that the draft layers may write guesses of their own to."""
 
 
 @dataclass(frozen=True, slots=True)

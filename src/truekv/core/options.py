@@ -10,6 +10,30 @@ from truekv.core.errors import Refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """How to guess ahead: vLLM's speculative_config. Wrong guesses cost time and change nothing else."""
+
+    method: Literal["ngram", "mtp"] = "ngram"
+    """ngram looks the last tokens up in the request's own text; mtp asks the checkpoint's prediction head."""
+    num_speculative_tokens: int = 3
+    """Most drafts that a step may verify: the capacity of the replay log."""
+    prompt_lookup_max: int = 4
+    """ngram: the longest run of tokens that is looked up."""
+    prompt_lookup_min: int = 1
+    """ngram: the shortest."""
+    adaptive: bool = True
+    """Draft as many tokens as were lately accepted, and none where guessing does not pay."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no proposer could do."""
+        if self.method not in {"ngram", "mtp"}:
+            raise Refused(f"the speculation method is {self.method!r}, but must be ngram or mtp")
+        _integer("num_speculative_tokens", self.num_speculative_tokens, 1, 64)
+        _integer("prompt_lookup_max", self.prompt_lookup_max, 1, 64)
+        _integer("prompt_lookup_min", self.prompt_lookup_min, 1, self.prompt_lookup_max)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How to run a model. Names are vLLM's where the meaning is the same."""
 
@@ -27,8 +51,14 @@ class EngineOptions:
     """Sequences that may be in memory at once."""
     max_num_batched_tokens: int = 512
     """Most new tokens in one step: the prefill chunk."""
-    num_speculative_tokens: int = 0
-    """Draft tokens that a step may verify: the capacity of the replay log."""
+    speculative_config: Speculation | None = None
+    """How to guess ahead; None guesses nothing."""
+    enable_prefix_caching: bool = True
+    """Keep the rows and states of ended requests, for requests that begin alike."""
+    prefix_checkpoint_interval: int = 512
+    """Tokens between the recurrent states that a prompt leaves in the prefix cache: a multiple of a page."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Replay recorded steps; auto where that is faster than running them."""
     memory: int | None = None
     """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need."""
     kernel_backend: str = "auto"
@@ -36,10 +66,17 @@ class EngineOptions:
     debug_poison: bool = False
     """Fill free and unwritten memory with NaN so that any stale read shows."""
 
+    @property
+    def drafts(self) -> int:
+        """Most drafts of one step: the capacity of the replay log."""
+        return self.speculative_config.num_speculative_tokens if self.speculative_config else 0
+
     def __post_init__(self) -> None:
         """Refuse values that no engine could run."""
-        for name, low in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("num_speculative_tokens", 0)):
-            _integer(name, getattr(self, name), low, 1 << 20)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "prefix_checkpoint_interval"):
+            _integer(name, getattr(self, name), 1, 1 << 20)
+        if self.capture not in {"auto", "on", "off"}:
+            raise Refused(f"capture is {self.capture!r}, but must be auto, on or off")
         for name in ("max_model_len", "memory"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1, 1 << 62)

@@ -164,12 +164,36 @@ class Model(Protocol):
         """What this model is."""
         ...
 
+    @property
+    def draft_head(self) -> DraftHead | None:
+        """The multi-token-prediction head, if the checkpoint was loaded with it."""
+        ...
+
     def forward(self, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
         """Return the last residual [T, hidden_size], before the final norm."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm and the output head: [N, hidden_size] -> float32 [N, vocab_size]."""
+        ...
+
+
+class DraftHead(Protocol):
+    """A multi-token-prediction head: from the trunk's residual at a token and the token after it to the one after that.
+
+    It has rows of its own, in the draft layers of the same plan: row t is made of the residual at
+    token t and the embedding of token t + 1.
+    """
+
+    def forward(self, hidden: torch.Tensor, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
+        """Map residuals [T, hidden_size] to states of the same shape, which `logits` and a next `forward` read.
+
+        `step.tokens` are the tokens that follow each residual's, `step.positions` the residuals' own.
+        """
+        ...
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """Map states [N, hidden_size] to float32 [N, vocab_size]: the token two after the residual's."""
         ...
 
 

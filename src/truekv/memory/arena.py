@@ -129,7 +129,7 @@ class Arena:
         """
         self._admit(chunks)
         missing = [
-            self.plan.pages_for(chunk.sequence.position + len(chunk.tokens)) - len(chunk.sequence.pages)
+            self.plan.pages_for(chunk.sequence.position + len(chunk.tokens) + chunk.room) - len(chunk.sequence.pages)
             for chunk in chunks
         ]
         if sum(missing) > len(self._free_pages):
@@ -142,7 +142,21 @@ class Arena:
             sequence.pages += [self._free_pages.pop() for _ in range(count)]
             sequence.reserved = (len(chunk.tokens), chunk.drafts)
             lease.note()
-        return self._step(chunks)
+        return self._step([(chunk.sequence, chunk.sequence.position, chunk.tokens, chunk.drafts) for chunk in chunks])
+
+    def draft_step(self, rows: Seq[tuple[Sequence, int, list[int]]]) -> Step:
+        """Describe a pass of the draft head: tokens for rows from a position on, inside what is reserved.
+
+        Its rows are as provisional as the step's own: those that are not advanced over are overwritten.
+        """
+        for sequence, start, tokens in rows:
+            lease = self._lease(sequence)
+            if lease.reserved is None or start + len(tokens) > len(sequence.pages) * self.plan.page_tokens:
+                raise Refused(
+                    f"draft rows {start} to {start + len(tokens) - 1} lie outside of what is reserved for a sequence of "
+                    f"{sequence.position} tokens; reserve the step with more room"
+                )
+        return self._step([(sequence, start, tokens, 0) for sequence, start, tokens in rows])
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Make the first `count` tokens of the reserved chunk real: the only place where tokens become real.
@@ -298,16 +312,17 @@ class Arena:
         for layer in self._states():
             layer.erase_log(sequence.slot, sequence.replay)
 
-    def _step(self, chunks: Seq[Chunk]) -> Step:
-        counts = [len(chunk.tokens) for chunk in chunks]
-        sequences = [chunk.sequence for chunk in chunks]
+    def _step(self, rows: Seq[tuple[Sequence, int, list[int], int]]) -> Step:
+        """Lay out (sequence, first position, tokens, drafts) of each row."""
+        counts = [len(tokens) for _, _, tokens, _ in rows]
+        sequences = [sequence for sequence, *_ in rows]
         total, longest, width = sum(counts), max(counts), max(len(item.pages) for item in sequences)
         starts = [sum(counts[:row]) for row in range(len(counts))]
-        positions = [range(item.position, item.position + count) for item, count in zip(sequences, counts, strict=True)]
+        positions = [range(first, first + count) for (_, first, _, _), count in zip(rows, counts, strict=True)]
         # A row of the table must hold real pages to its end, so that a gather never leaves memory.
         table = [item.pages + [item.pages[-1] if item.pages else 0] * (width - len(item.pages)) for item in sequences]
         return Step(
-            tokens=self._tensor([token for chunk in chunks for token in chunk.tokens]),
+            tokens=self._tensor([token for _, _, tokens, _ in rows for token in tokens]),
             positions=self._tensor([position for row in positions for position in row]),
             owner=self._tensor([row for row, count in enumerate(counts) for _ in range(count)]),
             offset=self._tensor([place for count in counts for place in range(count)]),
@@ -317,9 +332,9 @@ class Arena:
                     for start, count in zip(starts, counts, strict=True)
                 ]
             ),
-            position=self._tensor([item.position for item in sequences]),
+            position=self._tensor([first for _, first, _, _ in rows]),
             count=self._tensor(counts),
-            certain=self._tensor([count - chunk.drafts for count, chunk in zip(counts, chunks, strict=True)]),
+            certain=self._tensor([len(tokens) - drafts for _, _, tokens, drafts in rows]),
             replay=self._tensor([item.replay for item in sequences]),
             slot=self._tensor([item.slot for item in sequences]),
             pages=self._tensor(table),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
-    from truekv.core.protocols import LayerMemory
+    from truekv.core.protocols import DraftHead, LayerMemory
     from truekv.core.spec import LayerSpec
     from truekv.core.weights import Weights
     from truekv.models.ffn import FeedForward, MlpShape
@@ -90,6 +90,9 @@ class Layer:
 
 class Decoder:
     """A causal language model: tokens and memory in, numbers out."""
+
+    draft_head: DraftHead | None = None
+    """Its prediction head, where it was asked for."""
 
     def __init__(
         self, spec: ModelSpec, embedding: Embedding, layers: Seq[Layer], head: Head, rotary: Rotary | None

@@ -74,7 +74,7 @@ def design(model: str, options: EngineOptions) -> Blueprint:
         memory=options.memory,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        drafts=options.num_speculative_tokens,
+        drafts=options.drafts,
         dtype=dtype,
     )
     measured = _measured(checkpoint, options.kv_cache_frames, model)

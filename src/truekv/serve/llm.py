@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
-from truekv.core.options import EngineOptions, SamplingParams
+from truekv.core.options import EngineOptions, SamplingParams, Speculation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,10 @@ class EngineKeywords(TypedDict, total=False):
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
-    num_speculative_tokens: int
+    speculative_config: Speculation | None
+    enable_prefix_caching: bool
+    prefix_checkpoint_interval: int
+    capture: Literal["auto", "on", "off"]
     memory: int | None
     kernel_backend: str
     debug_poison: bool

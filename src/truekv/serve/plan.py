@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from truekv.core.errors import DoesNotFit, Refused
-from truekv.core.options import EngineOptions
+from truekv.core.options import EngineOptions, Speculation
 from truekv.core.spec import Recurrent
 from truekv.formats.choice import choose_formats
 from truekv.memory.plan import enough, plan, readable
@@ -58,7 +58,9 @@ def run(
         kv_cache_map=kv_cache_map,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        num_speculative_tokens=num_speculative_tokens,
+        speculative_config=Speculation(num_speculative_tokens=num_speculative_tokens)
+        if num_speculative_tokens
+        else None,
     )
     device = None if memory is None else parse_size(memory, "--memory")
     weights = None if weight_bytes is None else parse_size(weight_bytes, "--weight-bytes", smallest=0)
@@ -133,7 +135,7 @@ class Request:
             memory=memory,
             max_model_len=self.options.max_model_len,
             max_num_seqs=self.options.max_num_seqs,
-            drafts=self.options.num_speculative_tokens,
+            drafts=self.options.drafts,
             dtype=self.checkpoint.compute_dtype(self.options.dtype),
             reserved=self.weight_bytes,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from truekv.core.batch import Chunk
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
-from truekv.core.options import EngineOptions
+from truekv.core.options import EngineOptions, Speculation
 from truekv.engine.run import Runner
 from truekv.engine.tokens import end_tokens
 from truekv.memory.arena import Arena
@@ -127,7 +127,8 @@ class Stage:
             kv_cache_dtype=kv_cache_dtype,
             max_model_len=ROOM,
             max_num_seqs=sequences,
-            num_speculative_tokens=drafts,
+            speculative_config=Speculation(num_speculative_tokens=drafts) if drafts else None,
+            enable_prefix_caching=False,
         )
         return design(self.name, options)
 
