@@ -142,7 +142,7 @@ class Arena:
             sequence.pages += [self._free_pages.pop() for _ in range(count)]
             sequence.reserved = (len(chunk.tokens), chunk.drafts)
             lease.note()
-        return self._step([(chunk.sequence, chunk.sequence.position, chunk.tokens, chunk.drafts) for chunk in chunks])
+        return self._step([(item.sequence, item.sequence.position, item.tokens, item.drafts) for item in chunks])
 
     def draft_step(self, rows: Seq[tuple[Sequence, int, list[int]]]) -> Step:
         """Describe a pass of the draft head: tokens for rows from a position on, inside what is reserved.
