@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from truekv.core.batch import Chunk
-from truekv.core.errors import Corrupted, Refused
+from truekv.core.errors import ConstraintFailed, Corrupted, Refused
+from truekv.engine.constrain import Grammars
 from truekv.engine.sample import Logprob, Sampler, logprob
 from truekv.engine.schedule import Request, Schedule
 from truekv.engine.tokens import StopStrings, TextStream
@@ -55,7 +56,7 @@ class Failed:
     """The request ended without a complete answer; the others go on."""
 
     request: int
-    error: Corrupted
+    error: Corrupted | ConstraintFailed
 
 
 Event = Stored | Sampled | Ended | Failed
@@ -64,27 +65,25 @@ Event = Stored | Sampled | Ended | Failed
 class Answer:
     """What one request needs between steps besides its place in the schedule."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, ends: frozenset[int]) -> None:
-        """Prepare sampling, text and stop strings for a request; `ends`: the ids that end an answer."""
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, sampler: Sampler) -> None:
+        """Prepare text and stop strings for a request."""
         self.request = request
-        self.sampler = Sampler(request.params)
+        self.sampler = sampler
         self._text = TextStream(tokenizer, request.prompt) if tokenizer else None
         self._stops = StopStrings(request.params.stop)
-        self._ends = frozenset[int]() if request.params.ignore_eos else ends
 
     def take(self, logits_V: torch.Tensor) -> Iterator[Event]:
         """Choose the next token from its logits and say what follows from it."""
         request, params = self.request, self.request.params
-        token = self.sampler.choose(logits_V, len(request.generated))
+        token = self.sampler.choose(logits_V)
         request.tokens.append(token)
         report = logprob(logits_V, token, params.logprobs) if params.logprobs else None
-        text, stopped = (
-            self._stops.push(self._text.push(token)) if self._text and token not in self._ends else ("", False)
-        )
+        ended = token in self.sampler.ends
+        text, stopped = self._stops.push(self._text.push(token)) if self._text and not ended else ("", False)
         yield Sampled(request.identity, token, text, report)
         if stopped:
             yield Ended(request.identity, "stop", "")
-        elif token in self._ends:
+        elif ended or self.sampler.finished:
             yield Ended(request.identity, "stop", self._rest()[0])
         elif len(request.generated) == request.limit:
             text, stopped = self._rest()
@@ -116,15 +115,23 @@ class Engine:
         self.max_model_len = max_model_len
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
+        self._grammars = Grammars(tokenizer, runner.model.spec.vocab_size, ends)
 
     def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """Queue a prompt of token ids; Refused when it is empty, unknown to the model or does not fit."""
         self.check(prompt, params)
         limit = min(params.max_tokens, self.max_model_len - len(prompt))
         request = Request(next(self._identities), tuple(prompt), params, limit, list(prompt))
+        sampler = self._sampler(prompt, params)
         self.schedule.add(request)
-        self._answers[request.identity] = Answer(request, self.tokenizer, self.ends)
+        self._answers[request.identity] = Answer(request, self.tokenizer, sampler)
         return request
+
+    def _sampler(self, prompt: Sequence[int], params: SamplingParams) -> Sampler:
+        asked = params.structured_outputs
+        constraint = self._grammars.compile(asked) if asked else None
+        ends = frozenset[int]() if params.ignore_eos else self.ends
+        return Sampler(params, prompt, self.runner.model.spec.vocab_size, ends, constraint)
 
     def add_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
         """Queue all of several prompts, or none when one of them is refused."""
@@ -197,10 +204,13 @@ class Engine:
             yield Stored(request.identity, held.position, len(request.prompt))
         if not share.samples:
             return
-        for event in self._answers[request.identity].take(logits_NV[0]):
-            if isinstance(event, Ended):
-                self.abort(request)
-            yield event
+        try:
+            for event in self._answers[request.identity].take(logits_NV[0]):
+                if isinstance(event, Ended):
+                    self.abort(request)
+                yield event
+        except ConstraintFailed as error:
+            yield self._fail(request, error)
 
     def _suspect(self, shares: list[Share], error: Corrupted) -> list[Event]:
         """After a step that failed as a whole, find out whose fault it was.
@@ -218,7 +228,7 @@ class Engine:
             self.schedule.again(request)
         return []
 
-    def _fail(self, request: Request, error: Corrupted) -> Failed:
+    def _fail(self, request: Request, error: Corrupted | ConstraintFailed) -> Failed:
         self.abort(request)
         return Failed(request.identity, error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
-from truekv.core.errors import Corrupted, Refused
+from truekv.core.errors import Refused, TrueKVError
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
 from truekv.core.options import EngineOptions, SamplingParams, Speculation
@@ -137,8 +137,8 @@ class LLM:
     ) -> list[Result]:
         """Answer one prompt or many at once, text or token ids; returns one Result each, in order.
 
-        All prompts are checked before any is run. If the numbers of one become non-finite the others
-        are still finished, then Corrupted is raised.
+        All prompts are checked before any is run. If one fails (Corrupted: its numbers became
+        non-finite; ConstraintFailed) the others are still finished, then its error is raised.
         """
         listed = _as_list(prompts)
         one = params if isinstance(params, SamplingParams) else SamplingParams()
@@ -229,7 +229,7 @@ class LLM:
         requests = engine.add_all(zip(prompts, params, strict=True))
         places = {request.identity: place for place, request in enumerate(requests)}
         drafts = [_Draft(engine.seed(request), len(request.prompt)) for request in requests]
-        failed: Corrupted | None = None
+        failed: TrueKVError | None = None
         for event in engine.run(requests):
             place = places[event.request]
             match event:
