@@ -10,7 +10,7 @@ import typer
 
 from truekv.core.errors import Refused, TrueKVError
 from truekv.core.options import EngineOptions
-from truekv.serve.flags import (  # noqa: TC001 (typer reads annotations when it runs)
+from truekv.serve.flags import (
     AsJson,
     Backend,
     CacheDtype,
