@@ -13,7 +13,8 @@ from truekv.core.options import EngineOptions, SamplingParams, Speculation
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from truekv.engine.generate import Engine, Sampled, Stored
+    from truekv.engine.events import Sampled, Stored
+    from truekv.engine.generate import Engine
     from truekv.engine.sample import Logprob
 
 Prompt = str | list[int]
@@ -223,7 +224,7 @@ class LLM:
         self, prompts: list[list[int]], params: list[SamplingParams]
     ) -> Iterator[tuple[int, Stored | Sampled | Result]]:
         """Run prompts together and yield (which prompt, what happened to it)."""
-        from truekv.engine.generate import Ended, Failed, Sampled
+        from truekv.engine.events import Ended, Failed, Sampled
 
         engine = self._engine
         requests = engine.add_all(zip(prompts, params, strict=True))
