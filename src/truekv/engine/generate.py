@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from truekv.core.batch import Chunk
 from truekv.core.errors import Corrupted, Refused
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from truekv.engine.speculate.drafting import Drafting
     from truekv.engine.tokens import Tokenizer
     from truekv.memory.arena import Arena
+
+
+class Asked(NamedTuple):
+    """What somebody wants answered."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    priority: int = 0
+    """Lower goes first."""
+    salt: str = ""
+    """Only requests of the same salt share the prefix cache."""
 
 
 class Engine:
@@ -50,11 +61,8 @@ class Engine:
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: str = "") -> Request:
-        """Queue a prompt of token ids; Refused when it is empty, unknown to the model or does not fit.
-
-        Requests of a lower `priority` go first. Only those of one `salt` share the prefix cache.
-        """
+    def add(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0, salt: str = "") -> Request:
+        """Queue a prompt of token ids; Refused when it is empty, unknown to the model or does not fit."""
         self.check(prompt, params)
         limit = min(params.max_tokens, self.max_model_len - len(prompt))
         request = Request(next(self._identities), tuple(prompt), params, limit, priority, salt, list(prompt))
@@ -63,12 +71,13 @@ class Engine:
         self._answers[request.identity] = answer
         return request
 
-    def add_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
+    def add_all(self, asked: Iterable[Asked]) -> list[Request]:
         """Queue all of several prompts, or none when one of them is refused."""
         added: list[Request] = []
         try:
-            for prompt, params in prompts:
-                added.append(self.add(prompt, params))
+            for each in asked:
+                request = self.add(*each)
+                added.append(request)
         except Refused:
             for request in added:
                 self.abort(request)
