@@ -119,7 +119,8 @@ class StateLayer:
             row = int((held != expected).nonzero()[0, 0])
             raise Corrupted(
                 f"{self.name}: slot {int(step.slot[row])} holds the state after {int(held[row])} tokens, but the step "
-                f"expects {int(expected[row])}; the sequence must be closed and computed again"
+                f"expects {int(expected[row])}; the sequence must be closed and computed again",
+                layer=self.name,
             )
 
     def _check_finite(self, what: str, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
@@ -128,5 +129,6 @@ class StateLayer:
             name = next(name for name, tensor in tensors.items() if not finite(tensor, rows=rows))
             raise Corrupted(
                 f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
-                "check the weights and the compute dtype"
+                "check the weights and the compute dtype",
+                layer=self.name,
             )
