@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -12,19 +13,26 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from truekv import LLM, Corrupted
+from truekv import Corrupted
 from truekv.core.batch import Chunk
 from truekv.engine.run import Runner
-from truekv.formats.choice import codecs
-from truekv.formats.frame import Frame
+from truekv.engine.tokens import Tokenizer
+from truekv.formats.choice import choose_formats, codecs
+from truekv.formats.frame import Frame, load_frames
+from truekv.kernels.table import select
 from truekv.memory.arena import Arena
 from truekv.memory.pages import PagedLayer
+from truekv.memory.plan import plan
+from truekv.models.weights import Checkpoint
+from truekv.serve.assemble import FRAMES_FILE, locate
+from truekv.serve.messages import ChatTemplate
 from truekv.tiny import tasks
 from truekv.trust.measure import divergence
 from truekv.trust.sentinel import KEPT, KL, ROWS, SHADOW_SHARE, Measured, Sentinel, ceiling, error_limit, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from truekv.core.batch import Step
     from truekv.core.protocols import Stored
@@ -34,21 +42,33 @@ QUIET = [("tiny-hybrid", "int8"), ("tiny-dense", "kv4"), ("tiny-mla", "fp8_e4m3"
 LOOP = [20, 21, 22, 23, 24]
 
 
+def prompts(directory: Path) -> list[list[int]]:
+    """Three conversations of a task that the embedded models were trained for."""
+    tokenizer, template = Tokenizer.open(directory), ChatTemplate.open(directory)
+    assert tokenizer is not None
+    assert template is not None
+    texts = [template.render(item.messages, None, None) for item in tasks.examples("fact", "heldout", 3, 3)]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
 class Bench:
     """A model and its arena, stepped greedily with an observer, as an engine does it."""
 
     def __init__(self, model: str, kv_cache_dtype: str, scale: tuple[int, str, float] | None = None) -> None:
         """Load a model; `scale`: (layer, field, factor) makes a measured scale wrong."""
-        self.llm = LLM(model, kv_cache_dtype=kv_cache_dtype, max_model_len=512, sentinel=False)
-        blueprint = self.llm._blueprint
-        frames = dict(blueprint.frames)
+        checkpoint = Checkpoint.open(locate(model))
+        spec = checkpoint.architecture.spec
+        frames = dict(load_frames(checkpoint.directory / FRAMES_FILE, spec))
         if scale is not None:
             layer, field, factor = scale
             frame = frames[layer, field]
             frames[layer, field] = Frame(frame.centre, frame.scale * factor)
-        self.model = self.llm._engine.runner.model
-        self.arena = Arena(self.model.spec, blueprint.plan, blueprint.kernels, frames, poison=True)
-        self.prompts = [self.llm.conversation(item.messages) for item in tasks.examples("fact", "heldout", 3, 3)]
+        formats = [chosen or () for chosen in choose_formats(spec, kv_cache_dtype, "", "float32")]
+        layout = plan(spec, formats, max_model_len=512, max_num_seqs=4)
+        kernels = select(spec, formats)
+        self.model = checkpoint.load("float32", kernels.ops)
+        self.arena = Arena(spec, layout, kernels, frames, poison=True)
+        self.prompts = prompts(checkpoint.directory)
 
     def sentinel(self, every: int = 1) -> Sentinel:
         return Sentinel(self.model, self.arena, every)
@@ -56,11 +76,17 @@ class Bench:
     def paged(self) -> list[tuple[int, PagedLayer]]:
         return [(index, layer) for index, layer in enumerate(self.arena.layers) if isinstance(layer, PagedLayer)]
 
-    def play(self, observer: Sentinel | None, count: int = 12, prompts: list[list[int]] | None = None) -> Any:
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        held = self.arena.open()
+        found = list(Runner(self.model, self.arena).teacher_force(held, tokens, itertools.repeat(16)))
+        self.arena.close(held)
+        return torch.cat(found)
+
+    def play(self, observer: Sentinel | None, count: int = 12, asked: list[list[int]] | None = None) -> Any:
         """Answer prompts with `count` tokens each, all in one step at a time; the requests are 100, 101 ..."""
         running = {
             100 + row: (self.arena.open(), list(prompt), len(prompt))
-            for row, prompt in enumerate(prompts or self.prompts)
+            for row, prompt in enumerate(asked or self.prompts)
         }
         tokens = {request: item[1] for request, item in running.items()}
         for _ in range(count):
@@ -240,12 +266,12 @@ def test_logits_that_are_not_finite_are_counted_and_the_others_go_on(
 ) -> None:
     layers = hybrid.arena.layers
     index, layer = hybrid.paged()[-1]
-    prompts = [[5, 6, 7], [5, 9, 7], [8, 5, 6]]
+    asked = [[5, 6, 7], [5, 9, 7], [8, 5, 6]]
     sentinel = hybrid.sentinel()
     hybrid.arena.layers = (*layers[:index], Poisoned(layer), *layers[index + 1 :])
     try:
         with caplog.at_level(logging.INFO, "truekv"):
-            tokens = hybrid.play(sentinel, 4, prompts)
+            tokens = hybrid.play(sentinel, 4, asked)
     finally:
         hybrid.arena.layers = layers
     found = only(sentinel, "finite")
@@ -302,6 +328,22 @@ def test_a_long_step_is_sampled_from_end_to_end(hybrid: Bench, monkeypatch: pyte
     assert picks[0][-1] >= 300 - 300 / ROWS - 10
 
 
+def test_tokens_that_only_fill_a_step_up_are_not_looked_at(hybrid: Bench) -> None:
+    _, layer = hybrid.paged()[0]
+    rows = tuple(torch.ones(3, stored.field.heads, stored.field.dim) for stored in layer.stored)
+    step = hybrid.arena.reserve([Chunk(held := hybrid.arena.open(), [5, 6, 7])])
+    layer.attend((rows[0],), rows, 1.0, step)
+    others = tuple(values * torch.tensor([1.0, 1.0, 9.0])[:, None, None] for values in rows)
+    for line, guards in ((-1, set[str]()), (2, {"bound"})):
+        sentinel = hybrid.sentinel()
+        sentinel.before_step([100], 3)
+        assert layer.probe is not None
+        layer.probe(layer.stored, others, dataclasses.replace(step, line=torch.tensor([0, 1, line])))
+        assert {found.guard for found in sentinel.findings} == guards
+        assert layer.probe is None
+    hybrid.arena.close(held)
+
+
 def test_the_ceiling_of_a_format_is_where_its_numbers_end() -> None:
     formats = codecs()
     assert ceiling(formats["fp8_e4m3"], 64) == 448
@@ -313,8 +355,8 @@ def test_the_ceiling_of_a_format_is_where_its_numbers_end() -> None:
 def test_a_replay_measures_what_two_engines_would_differ_by() -> None:
     bench = Bench("tiny-hybrid", "kv4")
     tokens = bench.prompts[0] + LOOP * 4
-    exact = LLM("tiny-hybrid", kv_cache_dtype="f32", max_model_len=512, sentinel=False).logits(tokens)
-    expected = divergence(exact, bench.llm.logits(tokens))
+    exact, stored = Bench("tiny-hybrid", "f32").logits(tokens), bench.logits(tokens)
+    expected = divergence(exact, stored)
     found = bench.sentinel()._shadow.compare(tokens)
     assert expected.mean > 1e-4
     assert found.mean == pytest.approx(expected.mean, rel=1e-3)

@@ -256,8 +256,8 @@ class Observer(Protocol):
     def before_step(self, requests: Seq[int], tokens: int) -> bool:
         """Learn which requests the next step serves, in the order of its chunks, and how many tokens it runs.
 
-        Returns whether it must run launch by launch and without padding, because this time the rows of
-        a layer are looked at on their way to memory: a captured step would not show them.
+        Returns whether it must run launch by launch, because this time the rows of a layer are looked
+        at on their way to memory: a captured step would not show them.
         """
         ...
 

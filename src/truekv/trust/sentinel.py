@@ -134,6 +134,7 @@ class Sentinel:
             for index, layer in enumerate((*arena.layers, *arena.draft_layers))
             if isinstance(layer, PagedLayer)
         ]
+        self._trunk = len(arena.layers)
         self._shadow = Shadow(model, arena)
         self._armed: PagedLayer | None = None
         self._requests: tuple[int, ...] = ()
@@ -219,17 +220,29 @@ class Sentinel:
     ) -> None:
         """Measure every field of a layer, once, in the step under way."""
         self._disarm()
-        count = len(rows[0])
-        picks_S = torch.arange(0, count, -(-count // ROWS), device=rows[0].device)
+        # Padding is stored nowhere.
+        real_T = (step.line >= 0).nonzero()[:, 0]
+        if not len(real_T):
+            return
+        picks_S = real_T[:: -(-len(real_T) // ROWS)]
         for item, values_TKD in zip(stored, rows, strict=True):
             found = measure(item, values_TKD, step, picks_S)
             self._measured[index, item.field.name] = found
-            owners = {int(step.owner[token]) for token in found.broken}
-            for finding in self._judge(index, layer, item, found, owners):
+            for finding in self._judge(index, layer, item, found, self._owners(index, found, step)):
                 self._note(finding)
 
-    def _judge(self, index: int, layer: str, item: Stored, found: Measured, broken: set[int]) -> Iterator[Finding]:
-        """Yield what is wrong with a field's rows; `broken`: places in the step of requests with wrong rows."""
+    def _owners(self, index: int, found: Measured, step: Step) -> tuple[int, ...]:
+        """Return the requests whose rows are beyond their bound."""
+        if index >= self._trunk:
+            # A pass of the draft head may hold fewer requests than the step it belongs to.
+            return self._requests
+        places = {int(step.owner[token]) for token in found.broken}
+        return tuple(request for place, request in enumerate(self._requests) if place in places)
+
+    def _judge(
+        self, index: int, layer: str, item: Stored, found: Measured, broken: tuple[int, ...]
+    ) -> Iterator[Finding]:
+        """Yield what is wrong with a field's rows; `broken`: the requests with rows beyond their bound."""
         name, where = item.format.name, f"{layer}: '{item.field.name}'"
         everyone = self._requests
         place = layer, item.field.name
@@ -246,14 +259,13 @@ class Sentinel:
                 SATURATION,
             )
         if found.broken:
-            those = tuple(request for row, request in enumerate(everyone) if row in broken)
             yield Finding(
                 "bound",
                 "error",
                 f"{where} holds rows {found.excess:.3g} times as far from what was given as {name} can be, in "
-                f"requests {', '.join(map(str, those))}: suspect the kernel or the memory, and use --kernel-backend "
+                f"requests {', '.join(map(str, broken))}: suspect the kernel or the memory, and use --kernel-backend "
                 "reference",
-                those,
+                broken,
                 *place,
                 found.excess,
                 1.0,
