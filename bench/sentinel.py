@@ -1,7 +1,7 @@
 """What the guards cost: `python -m bench.sentinel`.
 
-A decode step of the embedded models with the sentinel's calls around it, against the step alone, launch by launch. A look at stored
-rows is timed in every step of its own run, and then counts once in EVERY. Medians, because other jobs only slow down.
+A decode step of the embedded models, launch by launch, alone and with the sentinel's calls around it. A look at
+stored rows is timed in every other step, and counts once in EVERY. Medians, because other jobs only slow one down.
 """
 
 from __future__ import annotations

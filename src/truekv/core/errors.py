@@ -28,3 +28,6 @@ class Corrupted(TrueKVError):
         """Say what is wrong, and in which layer where that is known."""
         super().__init__(sentence)
         self.layer = layer
+
+class ConstraintFailed(TrueKVError):
+    """An answer that its grammar does not let go on: a dead end, or a step beyond the limits of work."""
