@@ -156,10 +156,11 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type[Any]] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if not is_dataclass(parameter.annotation):
+        group = parameter.annotation
+        if not (isinstance(group, type) and is_dataclass(group)):
             parameters.append(parameter)
             continue
-        group = groups[parameter.name] = parameter.annotation
+        groups[parameter.name] = group
         hints = get_type_hints(group, include_extras=True)
         parameters += [
             inspect.Parameter(field.name, parameter.kind, default=field.default, annotation=hints[field.name])
@@ -172,9 +173,10 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         return command(**given)
 
-    call.__signature__ = inspect.Signature(parameters)
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return call
+    flat: Any = call
+    flat.__signature__ = inspect.Signature(parameters)
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
 
 
 def _read(name: str, flag: str) -> str:
