@@ -225,6 +225,5 @@ def test_requests_that_share_memory_compute_what_each_computes_alone(name: str, 
         ),
     )
     happened = {"hit", "page", "rejection", "close", "preempt", "abort", "suspect", "empty"}
-    print(seen)
     assert not happened - set(seen), seen
     assert ("state" in seen) == (name in {"gdn", "mamba2"})
