@@ -9,7 +9,7 @@ import torch
 from truekv import LLM, Corrupted, Refused, SamplingParams
 from truekv.core.batch import Chunk
 from truekv.core.options import Speculation
-from truekv.engine.generate import Ended, Failed, Sampled, Stored
+from truekv.engine.events import Ended, Failed, Sampled, Stored
 
 if TYPE_CHECKING:
     from pathlib import Path

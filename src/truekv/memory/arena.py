@@ -153,8 +153,8 @@ class Arena:
             lease = self._lease(sequence)
             if lease.reserved is None or start + len(tokens) > len(sequence.pages) * self.plan.page_tokens:
                 raise Refused(
-                    f"draft rows {start} to {start + len(tokens) - 1} lie outside of what is reserved for a sequence of "
-                    f"{sequence.position} tokens; reserve the step with more room"
+                    f"draft rows {start} to {start + len(tokens) - 1} lie outside of what is reserved for a sequence "
+                    f"of {sequence.position} tokens; reserve the step with more room"
                 )
         return self._step([(sequence, start, tokens, 0) for sequence, start, tokens in rows])
 
