@@ -146,7 +146,7 @@ class _Witness:
 
     def _seen(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:  # noqa: ANN401
         name = func.overloadpacket.__name__
-        if any(tag.name in _HOST_READS for tag in func.tags):
+        if _reads_on_host(name, func, args):
             self.host_reads.append(name)
         produced = func(*args, **options)
         if name in _EMPTY:
@@ -159,6 +159,13 @@ class _Witness:
         elif results and not _shares_memory(results, args):
             self.launches.append(_again(name, func, args, options, results))
         return produced
+
+
+def _reads_on_host(name: str, func: Any, args: tuple[Any, ...]) -> bool:  # noqa: ANN401
+    # An index gathers, unless it is a mask, whose size only the host can find out.
+    if name == "index":
+        return any(index.dtype in {torch.bool, torch.uint8} for index in _tensors(args[1]))
+    return any(tag.name in _HOST_READS for tag in func.tags)
 
 
 def _again(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
+from truekv.core.recording import is_recording
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -53,9 +54,12 @@ def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
     belong to nobody: their rows go to the last line of a page that nobody reads.
     """
     framed = stored.frame.rows(rows_THD)
-    encoded = stored.format.encode(framed)
-    # All bits set are NaN in every format, as number or as scale.
-    encoded = encoded.masked_fill(~torch.isfinite(framed).all(-1, keepdim=True), 0xFF)
+    if is_recording():
+        broken = ~torch.isfinite(framed).all(-1, keepdim=True)
+        # All bits set are NaN in every format, as number or as scale.
+        encoded = stored.format.encode(framed.masked_fill(broken, 0.0)).masked_fill(broken, 0xFF)
+    else:
+        encoded = stored.format.encode(framed)
     start = 0
     for plane in planes(stored):
         width = plane.shape[-1]
