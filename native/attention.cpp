@@ -105,7 +105,7 @@ class Attention {
 
   void run() {
     const int64_t token_bytes = a.heads * a.group * value.dim * (a.bf16 ? 2 : 4), owned = rows_of_head / a.group;
-    memset((char*)a.out + owned * token_bytes, 0, (a.tokens - owned) * token_bytes);
+    if (owned < a.tokens) memset((char*)a.out + owned * token_bytes, 0, (a.tokens - owned) * token_bytes);
     frame_queries();
     std::vector<Item> tiles = cut();
     int64_t parts = 0;

@@ -100,7 +100,7 @@ struct Row {
 INLINE void clear_padding(const Timeline& step, int64_t width, float* out) {
   int64_t owned = 0;
   for (int64_t row = 0; row < step.rows; row++) owned += step.count[row];
-  memset(out + owned * width, 0, (size_t)((step.tokens - owned) * width) * sizeof(float));
+  if (owned < step.tokens) memset(out + owned * width, 0, (size_t)((step.tokens - owned) * width) * sizeof(float));
 }
 
 // [16 channels, n] as n vectors of 16 channels.

@@ -60,6 +60,8 @@ class Pool:
 
     def __init__(self) -> None:
         """Start without any."""
+        self.nbytes = 0
+        """Of all blocks."""
         self._free: dict[int, list[torch.Tensor]] = defaultdict(list)
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -68,11 +70,15 @@ class Pool:
             return tensor
         size = max(64, 1 << (tensor.nbytes - 1).bit_length())
         free = self._free[size]
-        block = free.pop() if free else torch.empty(size, dtype=torch.uint8)
+        block = free.pop() if free else self._block(size)
         # The tensor owns the window, and the window's end gives the block back.
         window = (ctypes.c_char * tensor.nbytes).from_address(block.data_ptr())
         weakref.finalize(window, free.append, block).atexit = False
         return torch.frombuffer(window, dtype=tensor.dtype).view(tensor.shape)
+
+    def _block(self, size: int) -> torch.Tensor:
+        self.nbytes += size
+        return torch.empty(size, dtype=torch.uint8)
 
 
 class Recording:
@@ -81,7 +87,8 @@ class Recording:
     def __init__(self, function: Callable[[], torch.Tensor], pool: Pool | None = None) -> None:
         """Run `function` once; the run is real: whatever it writes is written."""
         witness = _Witness(pool or Pool())
-        with torch.inference_mode(), recording():
+        # Inference mode would show `if tensor:` as one operation of many names; without it, all reads look alike.
+        with torch.inference_mode(mode=False), torch.no_grad(), recording():
             self._output = witness.run(function)
         self._launches = _joined(witness.launches)
         self.host_reads = tuple(witness.host_reads)
