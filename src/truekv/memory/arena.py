@@ -128,6 +128,11 @@ class Arena:
                 layer.open(sequence.slot)
         return sequence
 
+    def new_pages(self, tokens: Seq[int], *, salt: str = "") -> int:
+        """How many of the available pages a sequence of these tokens and one more would take."""
+        shared = self._cache.shared(salt, tokens) if self._cache else 0
+        return self.plan.pages_for(len(tokens) + 1) - shared
+
     def certain_limit(self, sequence: Sequence) -> int:
         """Most certain tokens that the next chunk may bring, so that a state worth keeping is not passed.
 
