@@ -138,11 +138,11 @@ class Arena:
 
         A longer chunk is as right, but leaves less for others to start from.
         """
-        return self._cache.certain_limit(self._lease(sequence)) if self._cache else UNLIMITED
+        return self._cache.certain_limit(self._lease(sequence, moved=True)) if self._cache else UNLIMITED
 
     def draft_limit(self, sequence: Sequence) -> int:
         """Most drafts after the one certain token of the next chunk; likewise."""
-        return self._cache.draft_limit(self._lease(sequence)) if self._cache else UNLIMITED
+        return self._cache.draft_limit(self._lease(sequence, moved=True)) if self._cache else UNLIMITED
 
     def reserve(self, chunks: Seq[Chunk]) -> Step:
         """Make room for each chunk after its sequence's tokens, and describe the step.

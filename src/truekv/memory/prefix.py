@@ -137,7 +137,9 @@ class PrefixCache:
         if not self._publishes(lease) or len(lease.nodes) * self._page_tokens < count:
             return
         tree, node = self.tree, lease.nodes[count // self._page_tokens - 1]
-        rolling = count > self._last(lease)
+        # One long prompt must not push out what all others left: when rows are short, it moves on with one.
+        spaced = count not in {self._last(lease), lease.branch}
+        rolling = spaced and (count > self._last(lease) or not tree.free_rows)
         if node.checkpoint >= 0:
             if node.saver != lease.serial:
                 # Two sequences came by here, so it is nobody's to move on with.
