@@ -14,7 +14,7 @@ import pytest
 from truekv import LLM, Refused, SamplingParams
 from truekv.core.options import StructuredOutputs
 from truekv.serve import progress
-from truekv.serve.cli import cache_dtype
+from truekv.serve.flags import cache_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable

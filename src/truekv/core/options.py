@@ -63,6 +63,8 @@ class EngineOptions:
     """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need."""
     kernel_backend: str = "auto"
     """auto, native or reference; auto is native where its library was built and can run every layer."""
+    sentinel: bool = True
+    """Look at stored rows now and then, and at answers that repeat themselves; report what is wrong."""
     debug_poison: bool = False
     """Fill free and unwritten memory with NaN so that any stale read shows."""
 
