@@ -315,11 +315,9 @@ def test_a_step_beyond_the_limits_ends_that_answer_with_an_error_of_its_own() ->
 
 
 def test_a_failed_constraint_stays_failed_and_never_admits_an_end() -> None:
-    constraint, began = start(regex="a{1000}{1000}"), time.process_time()
+    constraint = start(regex="a{1000}{1000}")
     with pytest.raises(ConstraintFailed, match="too many expressions"):
         constraint.advance(ids("a")[0])
-    # The limit of work, not the library's default, which lets this take three times as long.
-    assert time.process_time() - began < 1
     with pytest.raises(ConstraintFailed, match="too many expressions"):
         constraint.mask(torch.zeros(VOCAB))
     constraint = start(regex="ab")
