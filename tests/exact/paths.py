@@ -1,0 +1,221 @@
+"""Every way through the engine, and what watches it: each logit, stored byte and state against the oracle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from exact.oracle import Oracle, states, stored_rows
+
+from truekv import LLM, SamplingParams
+from truekv.core.options import Speculation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from exact.oracle import Seen
+
+    from truekv.core.batch import Chunk
+    from truekv.core.batch import Sequence as Held
+    from truekv.engine.generate import Engine
+    from truekv.engine.request import Request
+    from truekv.engine.run import Ran
+    from truekv.engine.speculate.drafting import Verified
+
+CONTEXT: Final = 128
+DRAFTS: Final = 3
+ANSWER: Final = 8
+PATHS: Final[dict[str, frozenset[str]]] = {
+    "plain": frozenset(),
+    "chunked": frozenset({"chunked"}),
+    "batched": frozenset({"batched"}),
+    "preempted": frozenset({"batched", "preempted"}),
+    "drafted": frozenset({"drafted"}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the product."""
+
+    model: str
+    format: str
+    dtype: str
+    path: str
+
+    def __str__(self) -> str:
+        return "-".join((self.model, self.format, self.dtype, self.path))
+
+
+def repeated(*tokens: int, count: int) -> list[int]:
+    return (list(tokens) * count)[:count]
+
+
+def drawn(count: int, seed: int) -> list[int]:
+    return torch.randint(64, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+GREEDY: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
+DRAWN: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True, temperature=0.7, top_p=0.9, seed=11)
+# Three of them grow by a page while they answer.
+PROMPTS: Final = (
+    (drawn(60, 1), GREEDY),
+    (repeated(5, 9, 2, count=61), DRAWN),
+    (drawn(33, 2) + repeated(7, 8, count=30), GREEDY),
+    (drawn(3, 3), DRAWN),
+)
+
+
+def options(path: frozenset[str], pages: int | None = None) -> dict[str, Any]:
+    """The options of LLM that make the engine take a path."""
+    found: dict[str, Any] = {
+        "max_model_len": CONTEXT,
+        "max_num_seqs": 4 if "batched" in path else 1,
+        "max_num_batched_tokens": 11 if "chunked" in path else 256,
+        "enable_prefix_caching": "prefix" in path,
+        "capture": "on" if "captured" in path else "off",
+        "debug_poison": True,
+    }
+    if path & {"drafted", "ngram"}:
+        found["speculative_config"] = Speculation(method="ngram", num_speculative_tokens=DRAFTS, adaptive=False)
+    return found
+
+
+def load(directory: Path, case: Case) -> LLM:
+    """The LLM of a case, its memory small where somebody is to lose it."""
+    path = PATHS[case.path]
+    given = options(path) | {"dtype": case.dtype, "kv_cache_dtype": case.format}
+    llm = LLM(str(directory), **given)
+    if "preempted" in path:
+        planned = llm._blueprint.plan
+        memory = 8 * planned.page_bytes + planned.slots * planned.state_bytes_per_sequence
+        llm = LLM(str(directory), **given, memory=memory)
+    return llm
+
+
+class Scripted:
+    """Drafts that are right for as many tokens as told, and wrong after that."""
+
+    def __init__(self, oracle: Oracle, right: Callable[[Request], int], count: int = DRAFTS) -> None:
+        self.oracle = oracle
+        self.right = right
+        self.count = count
+
+    def follow(self, verified: Sequence[Verified], hidden_TH: torch.Tensor) -> None:
+        for item in verified:
+            request = item.share.request
+            if item.share.samples and not item.ended:
+                answer = self.oracle.answer(request.prompt, request.params)[len(request.generated) :]
+                known = (answer + [0] * self.count)[: self.count]
+                right = self.right(request)
+                request.guess = [*known[:right], *((token + 1) % 64 for token in known[right:])]
+
+    def forget(self, request: Request) -> None:
+        request.guess = []
+
+
+@dataclass
+class Watch:
+    """Looks over an engine's shoulder: compares whatever becomes real, and counts what happened."""
+
+    engine: Engine
+    oracle: Oracle
+    counts: Counter[str] = field(default_factory=Counter[str])
+    _pending: dict[int, tuple[Request, Chunk, torch.Tensor]] = field(default_factory=dict[int, Any])
+
+    def __post_init__(self) -> None:
+        runner, arena = self.engine.runner, self.engine.runner.arena
+        self._run, self._advance = runner.run, arena.advance
+        runner.run, arena.advance = self.run, self.advance
+
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Ran:
+        ran = self._run(chunks, wanted)
+        with torch.inference_mode():
+            logits_TV = self.engine.runner.model.logits(ran.hidden).float()
+        owners = {id(request.held): request for request in self.engine.schedule.running}
+        start = 0
+        for chunk, count, got in zip(chunks, wanted, ran.rows, strict=True):
+            rows = logits_TV[start : start + len(chunk.tokens)]
+            start += len(chunk.tokens)
+            assert isinstance(got, torch.Tensor), got
+            assert not count or same(got, rows[-count:]), "the engine's logits are not those of its residuals"
+            self._pending[id(chunk.sequence)] = owners[id(chunk.sequence)], chunk, rows
+        self.counts["steps"] += 1
+        self.counts["companions"] += len(chunks) > 1
+        return ran
+
+    def advance(self, sequence: Held, count: int) -> None:
+        request, chunk, rows = self._pending.pop(id(sequence))
+        start = sequence.position
+        self._advance(sequence, count)
+        certain = len(chunk.tokens) - chunk.drafts
+        self.counts["accepted"] += count - certain
+        self.counts["rejected"] += len(chunk.tokens) - count
+        self.counts["unfinished"] += sequence.position < len(request.prompt)
+        assert request.tokens[:start] + chunk.tokens[:count] == request.tokens[: sequence.position]
+        self._compare(request, sequence, start, rows[:count])
+
+    def _compare(self, request: Request, sequence: Held, start: int, rows: torch.Tensor) -> None:
+        tokens = request.tokens[: sequence.position]
+        expected: Seen = self.oracle.look(tokens)
+        where = f"request {request.identity}, positions {start} to {sequence.position - 1}"
+        arena = self.engine.runner.arena
+        assert same(rows, expected.logits[start:]), f"{where}: other logits"
+        for got, wanted in zip(stored_rows(arena, sequence), expected.rows, strict=True):
+            assert torch.equal(got, wanted), f"{where}: other rows stored"
+        # Accepted drafts are folded in by the next step.
+        folded = self.oracle.look(tokens[: sequence.position - sequence.replay])
+        for got, wanted in zip(states(arena, sequence), folded.states, strict=True):
+            assert same(got, wanted), f"{where}: other state"
+
+
+def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether all numbers are the same bits; NaN is never right."""
+    return torch.equal(got.cpu(), wanted.cpu())
+
+
+def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
+    """Serve all prompts along a path with everything compared; return how often what happened."""
+    engine = llm._engine
+    watch = Watch(engine, oracle)
+    if "drafted" in path:
+        engine.drafting = Scripted(oracle, lambda request: (request.identity + len(request.generated)) % (DRAFTS + 1))
+    for wave in waves(oracle, path):
+        requests: list[Request] = []
+        left = list(wave)
+        while left or engine._answers:
+            # Alone or all at once, but the last of them comes when the others are under way.
+            if left and (not engine._answers if "batched" not in path else len(left) > 1 or watch.counts["steps"] > 2):
+                prompt, params = left.pop(0)
+                requests.append(engine.add(prompt, params))
+                continue
+            engine.step()
+            engine.runner.arena.check()
+        for request, (prompt, params) in zip(requests, wave, strict=True):
+            assert request.generated == oracle.answer(prompt, params)
+            watch.counts["cached"] += request.cached or 0
+    arena = engine.runner.arena
+    assert (arena.free_slots, arena.held_pages) == (arena.plan.slots, 0)
+    watch.counts["preempted"] = engine.schedule.preemptions
+    return watch.counts
+
+
+def waves(oracle: Oracle, path: frozenset[str]) -> list[Sequence[tuple[list[int], SamplingParams]]]:
+    """Prompts, and after their end the second turns of the same conversations where a cache may know the first."""
+    first = [(list(prompt), params) for prompt, params in PROMPTS]
+    if "prefix" not in path:
+        return [first]
+    second = [([*prompt, *oracle.answer(prompt, params), *drawn(4, 9)], params) for prompt, params in first]
+    return [first, second]
+
+
+TAKEN: Final[dict[str, Callable[[Counter[str]], bool]]] = {
+    "chunked": lambda counts: counts["unfinished"] > 3,
+    "batched": lambda counts: counts["companions"] > 3,
+    "preempted": lambda counts: counts["preempted"] > 0,
+    "drafted": lambda counts: counts["accepted"] > 5 and counts["rejected"] > 5,
+}
+"""Whether a path was taken, and not only asked for."""
