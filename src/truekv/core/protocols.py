@@ -179,21 +179,25 @@ class Model(Protocol):
 
 
 class DraftHead(Protocol):
-    """A multi-token-prediction head: from the trunk's residual at a token and the token after it to the one after that.
+    """A multi-token-prediction head: from the trunk's state at a token and the token after it to the one after that.
 
-    It has rows of its own, in the draft layers of the same plan: row t is made of the residual at
-    token t and the embedding of token t + 1.
+    It has rows of its own, in the draft layers of the same plan: row t is made of the state at token t
+    and the embedding of token t + 1.
     """
 
-    def forward(self, hidden: torch.Tensor, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
-        """Map residuals [T, hidden_size] to states of the same shape, which `logits` and a next `forward` read.
+    def begin(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map the trunk's residuals [T, hidden_size] to the states that a first `forward` reads."""
+        ...
 
-        `step.tokens` are the tokens that follow each residual's, `step.positions` the residuals' own.
+    def forward(self, state: torch.Tensor, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
+        """Map states [T, hidden_size] to the states one token on, which `logits` and a next `forward` read.
+
+        `step.tokens` are the tokens that follow each state's, `step.positions` the states' own.
         """
         ...
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
-        """Map states [N, hidden_size] to float32 [N, vocab_size]: the token two after the residual's."""
+        """Map states that `forward` returned, [N, hidden_size], to float32 [N, vocab_size]: the token after next."""
         ...
 
 
@@ -213,6 +217,10 @@ class Architecture(Protocol):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Regular expressions (full match) of tensors a checkpoint may hold and text inference does not use."""
+        ...
+
+    def with_draft_head(self) -> Architecture:
+        """Return the same with the multi-token-prediction head among its tensors; raises Refused where it has none."""
         ...
 
     def build(self, weights: Weights) -> Model:

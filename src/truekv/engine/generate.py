@@ -208,30 +208,24 @@ class _Memory:
     """The arena as the schedule sees it."""
 
     def __init__(self, arena: Arena) -> None:
-        self.arena = arena
+        self.pages_for = arena.plan.pages_for
+        self.certain_limit = arena.certain_limit
+        self.draft_limit = arena.draft_limit
+        self._arena = arena
 
     @property
     def available_pages(self) -> int:
-        return self.arena.free_pages
+        return self._arena.available_pages
 
     def new_pages(self, request: Request) -> int:
         return self.pages_for(len(request.tokens) + 1)
 
-    def pages_for(self, tokens: int) -> int:
-        return self.arena.plan.pages_for(tokens)
-
-    def certain_limit(self, sequence: Held) -> int:
-        return self.arena.plan.longest - sequence.position
-
-    def draft_limit(self, sequence: Held) -> int:
-        return self.arena.plan.drafts
-
     def open(self, request: Request) -> Held:
-        return self.arena.open()
+        return self._arena.open(request.tokens, salt=request.salt)
 
     def release(self, request: Request, *, suspect: bool = False) -> None:
         if request.held is not None:
-            self.arena.close(request.held)
+            self._arena.close(request.held, suspect=suspect)
             request.held = None
 
 
