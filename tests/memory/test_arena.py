@@ -384,10 +384,10 @@ def test_accounting_notices_a_lost_page_and_a_page_held_twice() -> None:
     sequence = arena.open()
     arena.reserve([Chunk(sequence, [1] * 40)])
     lost = arena._free_pages.pop()
-    with pytest.raises(Corrupted, match="pages are free or held"):
+    with pytest.raises(Corrupted, match="pages are free, held or cached"):
         arena.check()
     arena._free_pages += [lost, sequence.pages[0]]
-    with pytest.raises(Corrupted, match="pages are free or held"):
+    with pytest.raises(Corrupted, match="pages are free, held or cached"):
         arena.check()
 
 

@@ -84,9 +84,13 @@ class PagedLayer:
             self.kernels.store(stored, values, step)
         return self.kernels.attend(queries, self.stored, scale, self.layer.window, step)
 
-    def erase(self, pages: Seq[int]) -> None:
-        """Fill whole pages with poison."""
-        self.data[list(pages)] = POISON
+    def copy(self, source: int, target: int) -> None:
+        """Copy a whole page."""
+        self.data[target] = self.data[source]
+
+    def erase(self, pages: Seq[int], byte: int = POISON) -> None:
+        """Fill whole pages with one byte."""
+        self.data[list(pages)] = byte
 
     def erase_lines(self, page: int, line: int) -> None:
         """Fill one page with poison from a line on."""
