@@ -48,6 +48,7 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "mtp_num_hidden_layers": 1,
     },
     "mamba2": {
         "model_type": "granitemoehybrid",
@@ -92,19 +93,22 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
         "routed_scaling_factor": 1.5,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1,
     },
 }
 
 
 # The maps that write to the residual are small, so that answers fall into cycles that drafts can guess.
 _BRANCHES: Final = ("o_proj", "out_proj", "down_proj", "output_linear", "experts")
-_GAINS: Final = {"dense": 0.5, "gdn": 0.15, "mamba2": 0.5, "mla": 0.4}
+_GAINS: Final = {"dense": 0.25, "gdn": 0.03, "mamba2": 0.3, "mla": 0.25}
 
 
 def save_model(name: str, directory: Path) -> Path:
     """Write one of `MODELS` with random weights and frames whose centres and scales differ in every channel."""
     config = MODELS[name]
     architecture = understand(Config(config))
+    if architecture.spec.draft_layers:
+        architecture = architecture.with_draft_head()
     make = torch.Generator().manual_seed(0)
     tensors = {
         key: _weight(key, torch.randn(shape, generator=make), _GAINS[name])
@@ -134,5 +138,8 @@ def _weight(name: str, normal: torch.Tensor, branch: float) -> torch.Tensor:
         return 1 + 0.2 * normal
     if "embed_tokens" in name:
         return normal
+    if name.endswith(("mtp.fc.weight", "eh_proj.weight")):
+        # Mostly the embedding of the newest token, which is what the model's own answer depends on most.
+        return torch.cat([torch.eye(len(normal)), 0.3 * normal[:, len(normal) :] * len(normal) ** -0.5], 1)
     gain = branch if any(part in name for part in _BRANCHES) else 1.4
     return gain * normal * normal.shape[-1] ** -0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +12,7 @@ from exact.oracle import Oracle, states, stored_rows
 
 from truekv import LLM, SamplingParams
 from truekv.core.options import Speculation
+from truekv.serve.assemble import build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +36,11 @@ PATHS: Final[dict[str, frozenset[str]]] = {
     "batched": frozenset({"batched"}),
     "preempted": frozenset({"batched", "preempted"}),
     "drafted": frozenset({"drafted"}),
+    "prefix": frozenset({"prefix"}),
+    "ngram": frozenset({"ngram"}),
+    "mtp": frozenset({"mtp"}),
+    "all, ngram": frozenset({"chunked", "batched", "robbed", "prefix", "ngram"}),
+    "all, mtp": frozenset({"chunked", "batched", "robbed", "prefix", "mtp"}),
 }
 
 
@@ -59,45 +66,52 @@ def drawn(count: int, seed: int) -> list[int]:
 
 
 GREEDY: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
-DRAWN: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True, temperature=0.7, top_p=0.9, seed=11)
+DRAWN: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True, temperature=0.4, top_p=0.95, seed=11)
 # Three of them grow by a page while they answer.
 PROMPTS: Final = (
-    (drawn(60, 1), GREEDY),
+    (drawn(60, 1), DRAWN),
     (repeated(5, 9, 2, count=61), DRAWN),
     (drawn(33, 2) + repeated(7, 8, count=30), GREEDY),
-    (drawn(3, 3), DRAWN),
+    (drawn(3, 3), GREEDY),
 )
 
 
-def options(path: frozenset[str], pages: int | None = None) -> dict[str, Any]:
+def options(path: frozenset[str]) -> dict[str, Any]:
     """The options of LLM that make the engine take a path."""
     found: dict[str, Any] = {
         "max_model_len": CONTEXT,
         "max_num_seqs": 4 if "batched" in path else 1,
-        "max_num_batched_tokens": 11 if "chunked" in path else 256,
+        "max_num_batched_tokens": 256 if "chunked" not in path else 64 if "batched" in path else 11,
         "enable_prefix_caching": "prefix" in path,
+        "prefix_checkpoint_interval": 32,
         "capture": "on" if "captured" in path else "off",
         "debug_poison": True,
     }
-    if path & {"drafted", "ngram"}:
-        found["speculative_config"] = Speculation(method="ngram", num_speculative_tokens=DRAFTS, adaptive=False)
+    if path & {"drafted", "ngram", "mtp"}:
+        method = "mtp" if "mtp" in path else "ngram"
+        found["speculative_config"] = Speculation(method=method, num_speculative_tokens=DRAFTS, adaptive=False)
     return found
 
 
 def load(directory: Path, case: Case) -> LLM:
-    """The LLM of a case, its memory small where somebody is to lose it."""
+    """The LLM of a case, with few pages where somebody is to lose them and many where some are to stay."""
     path = PATHS[case.path]
-    given = options(path) | {"dtype": case.dtype, "kv_cache_dtype": case.format}
-    llm = LLM(str(directory), **given)
-    if "preempted" in path:
-        planned = llm._blueprint.plan
-        memory = 8 * planned.page_bytes + planned.slots * planned.state_bytes_per_sequence
-        llm = LLM(str(directory), **given, memory=memory)
+    llm = LLM(str(directory), **options(path), dtype=case.dtype, kv_cache_dtype=case.format)
+    return resized(llm, 8 if "preempted" in path else 24 if "prefix" in path else 16)
+
+
+def resized(llm: LLM, pages: int) -> LLM:
+    """The same LLM with so many pages."""
+    blueprint = llm._blueprint
+    llm._blueprint = dataclasses.replace(blueprint, plan=dataclasses.replace(blueprint.plan, pages=pages))
+    llm._engine = build(llm._blueprint)
     return llm
 
 
 class Scripted:
     """Drafts that are right for as many tokens as told, and wrong after that."""
+
+    room = 0
 
     def __init__(self, oracle: Oracle, right: Callable[[Request], int], count: int = DRAFTS) -> None:
         self.oracle = oracle
@@ -158,6 +172,14 @@ class Watch:
         assert request.tokens[:start] + chunk.tokens[:count] == request.tokens[: sequence.position]
         self._compare(request, sequence, start, rows[:count])
 
+    def rob(self) -> None:
+        """Take the memory of whoever came last, as the schedule does when pages run out."""
+        running = [request for request in self.engine.schedule.running if request.generated]
+        if len(running) > 1 and self.counts["robbed"] < 6:
+            self.engine._memory.release(running[-1])
+            self.engine.schedule.again(running[-1])
+            self.counts["robbed"] += 1
+
     def _compare(self, request: Request, sequence: Held, start: int, rows: torch.Tensor) -> None:
         tokens = request.tokens[: sequence.position]
         expected: Seen = self.oracle.look(tokens)
@@ -192,6 +214,8 @@ def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
                 prompt, params = left.pop(0)
                 requests.append(engine.add(prompt, params))
                 continue
+            if "robbed" in path and watch.counts["steps"] % 4 == 3:
+                watch.rob()
             engine.step()
             engine.runner.arena.check()
         for request, (prompt, params) in zip(requests, wave, strict=True):
@@ -206,6 +230,10 @@ def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
 def waves(oracle: Oracle, path: frozenset[str]) -> list[Sequence[tuple[list[int], SamplingParams]]]:
     """Prompts, and after their end the second turns of the same conversations where a cache may know the first."""
     first = [(list(prompt), params) for prompt, params in PROMPTS]
+    if "ngram" in path:
+        # It has said this before.
+        start, params = first[-1]
+        first[-1] = start + 2 * (oracle.answer(start, params) + start), params
     if "prefix" not in path:
         return [first]
     second = [([*prompt, *oracle.answer(prompt, params), *drawn(4, 9)], params) for prompt, params in first]
@@ -213,9 +241,13 @@ def waves(oracle: Oracle, path: frozenset[str]) -> list[Sequence[tuple[list[int]
 
 
 TAKEN: Final[dict[str, Callable[[Counter[str]], bool]]] = {
-    "chunked": lambda counts: counts["unfinished"] > 3,
+    "chunked": lambda counts: counts["unfinished"] > 1,
     "batched": lambda counts: counts["companions"] > 3,
     "preempted": lambda counts: counts["preempted"] > 0,
+    "robbed": lambda counts: counts["robbed"] > 0,
     "drafted": lambda counts: counts["accepted"] > 5 and counts["rejected"] > 5,
+    "ngram": lambda counts: counts["accepted"] > 0 and counts["rejected"] > 0,
+    "mtp": lambda counts: counts["accepted"] > 0 and counts["rejected"] > 0,
+    "prefix": lambda counts: counts["cached"] > 0,
 }
 """Whether a path was taken, and not only asked for."""
