@@ -23,3 +23,7 @@ class Corrupted(TrueKVError):
     """A number that cannot be trusted, caught before it became a token."""
 
     exit_code = 2
+
+
+class ConstraintFailed(TrueKVError):
+    """An answer that its grammar does not let go on: a dead end, or a step beyond the limits of work."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from truekv.core.errors import Refused, TrueKVError
-from truekv.core.options import EngineOptions, SamplingParams
-from truekv.serve.flags import (  # noqa: TC001 (typer reads annotations when it runs)
+from truekv.core.options import EngineOptions
+from truekv.serve.flags import (
     AsJson,
     Backend,
     CacheDtype,
@@ -23,14 +23,10 @@ from truekv.serve.flags import (  # noqa: TC001 (typer reads annotations when it
     HadamardV,
     Logprobs,
     MaxModelLen,
-    MaxTokens,
     Messages,
     Model,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
+    SamplingFlags,
+    grouped,
 )
 
 if TYPE_CHECKING:
@@ -67,18 +63,14 @@ def _options(  # pyright: ignore[reportUnusedFunction] (typer calls it)
 
 
 @app.command()
+@grouped
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT|-", help="- reads the prompt from stdin.")] = None,
     *,
     messages: Messages = None,
     chat: Annotated[bool, typer.Option("--chat", help="Make the PROMPT a user message of the chat template.")] = False,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    stop: Stop = None,
+    sampling: SamplingFlags,
     logprobs: Logprobs = 0,
     kv_cache_dtype: CacheDtype = None,
     ctk: CacheK = None,
@@ -101,26 +93,24 @@ def generate(
 
     * `cat prompt.txt | truekv generate ./model - --temperature 0.7 --seed 1`
 
+    * `truekv generate tiny-dense --chat "Is 7 * 8 = 56?" --choice yes --choice no`
+
     """
     from truekv.serve.generate import run
 
-    params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop, logprobs)
+    params = sampling.params(logprobs)
     cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
     options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
     run(model, prompt, messages, options, params, chat=chat, as_json=as_json)
 
 
 @app.command()
+@grouped
 def chat(
     model: Model,
     *,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    stop: Stop = None,
+    sampling: SamplingFlags,
     kv_cache_dtype: CacheDtype = None,
     ctk: CacheK = None,
     ctv: CacheV = None,
@@ -140,7 +130,7 @@ def chat(
     """
     from truekv.serve.chat import run
 
-    params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
+    params = sampling.params()
     cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
     options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
     run(model, options, params, system)
@@ -261,26 +251,6 @@ def demo(
     from truekv.serve.demo.run import run
 
     return run(only, seed, as_json=as_json)
-
-
-def _sampling(
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    stop: list[str] | None,
-    logprobs: int = 0,
-) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-        logprobs=logprobs,
-    )
 
 
 def _engine(
