@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from exact.oracle import Oracle, states, stored_rows
+from exact.oracle import states, stored_rows
 
-from truekv import LLM, SamplingParams
+from truekv import SamplingParams
 from truekv.core.options import Speculation
-from truekv.serve.assemble import build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
-    from exact.oracle import Seen
+    from exact.oracle import Oracle, Seen
 
+    from truekv import LLM
     from truekv.core.batch import Chunk
     from truekv.core.batch import Sequence as Held
     from truekv.engine.generate import Engine
@@ -44,19 +43,6 @@ PATHS: Final[dict[str, frozenset[str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """One cell of the product."""
-
-    model: str
-    format: str
-    dtype: str
-    path: str
-
-    def __str__(self) -> str:
-        return "-".join((self.model, self.format, self.dtype, self.path))
-
-
 def repeated(*tokens: int, count: int) -> list[int]:
     return (list(tokens) * count)[:count]
 
@@ -67,9 +53,10 @@ def drawn(count: int, seed: int) -> list[int]:
 
 GREEDY: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
 DRAWN: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True, temperature=0.4, top_p=0.95, seed=11)
+PUNISHED: Final = dataclasses.replace(DRAWN, repetition_penalty=1.1, frequency_penalty=0.2, seed=12)
 # Three of them grow by a page while they answer.
 PROMPTS: Final = (
-    (drawn(60, 1), DRAWN),
+    (drawn(60, 1), PUNISHED),
     (repeated(5, 9, 2, count=61), DRAWN),
     (drawn(33, 2) + repeated(7, 8, count=30), GREEDY),
     (drawn(3, 3), GREEDY),
@@ -91,21 +78,6 @@ def options(path: frozenset[str]) -> dict[str, Any]:
         method = "mtp" if "mtp" in path else "ngram"
         found["speculative_config"] = Speculation(method=method, num_speculative_tokens=DRAFTS, adaptive=False)
     return found
-
-
-def load(directory: Path, case: Case) -> LLM:
-    """The LLM of a case, with few pages where somebody is to lose them and many where some are to stay."""
-    path = PATHS[case.path]
-    llm = LLM(str(directory), **options(path), dtype=case.dtype, kv_cache_dtype=case.format)
-    return resized(llm, 8 if "preempted" in path else 24 if "prefix" in path else 16)
-
-
-def resized(llm: LLM, pages: int) -> LLM:
-    """The same LLM with so many pages."""
-    blueprint = llm._blueprint
-    llm._blueprint = dataclasses.replace(blueprint, plan=dataclasses.replace(blueprint.plan, pages=pages))
-    llm._engine = build(llm._blueprint)
-    return llm
 
 
 class Scripted:
@@ -172,6 +144,15 @@ class Watch:
         assert request.tokens[:start] + chunk.tokens[:count] == request.tokens[: sequence.position]
         self._compare(request, sequence, start, rows[:count])
 
+    def settle(self, requests: Sequence[Request], answers: Sequence[list[int]]) -> None:
+        """Assert that all have ended with these answers and given everything back."""
+        for request, answer in zip(requests, answers, strict=True):
+            assert request.generated == answer, f"request {request.identity}: other tokens"
+            self.counts["cached"] += request.cached or 0
+        arena = self.engine.runner.arena
+        arena.check()
+        assert (arena.free_slots, arena.held_pages) == (arena.plan.slots, 0), "not everything came back"
+
     def rob(self) -> None:
         """Take the memory of whoever came last, as the schedule does when pages run out."""
         running = [request for request in self.engine.schedule.running if request.generated]
@@ -209,6 +190,7 @@ def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
         requests: list[Request] = []
         left = list(wave)
         while left or engine._answers:
+            assert watch.counts["steps"] < 400, "the engine runs on and on"
             # Alone or all at once, but the last of them comes when the others are under way.
             if left and (not engine._answers if "batched" not in path else len(left) > 1 or watch.counts["steps"] > 2):
                 prompt, params = left.pop(0)
@@ -218,11 +200,7 @@ def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
                 watch.rob()
             engine.step()
             engine.runner.arena.check()
-        for request, (prompt, params) in zip(requests, wave, strict=True):
-            assert request.generated == oracle.answer(prompt, params)
-            watch.counts["cached"] += request.cached or 0
-    arena = engine.runner.arena
-    assert (arena.free_slots, arena.held_pages) == (arena.plan.slots, 0)
+        watch.settle(requests, [oracle.answer(prompt, params) for prompt, params in wave])
     watch.counts["preempted"] = engine.schedule.preemptions
     return watch.counts
 
