@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from truekv.engine.run import Ran
     from truekv.engine.speculate.drafting import Verified
 
+Wave = list[tuple[list[int], SamplingParams]]
 CONTEXT: Final = 128
 DRAFTS: Final = 3
 ANSWER: Final = 8
@@ -114,8 +115,8 @@ class Watch:
 
     def __post_init__(self) -> None:
         runner, arena = self.engine.runner, self.engine.runner.arena
-        self._run, self._advance = runner.run, arena.advance
-        runner.run, arena.advance = self.run, self.advance
+        self._run, self._advance, self._close = runner.run, arena.advance, arena.close
+        runner.run, arena.advance, arena.close = self.run, self.advance, self.close
 
     def run(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Ran:
         ran = self._run(chunks, wanted)
@@ -133,6 +134,10 @@ class Watch:
         self.counts["companions"] += len(chunks) > 1
         return ran
 
+    def close(self, sequence: Held, *, suspect: bool = False) -> None:
+        self._pending.pop(id(sequence), None)
+        self._close(sequence, suspect=suspect)
+
     def advance(self, sequence: Held, count: int) -> None:
         request, chunk, rows = self._pending.pop(id(sequence))
         start = sequence.position
@@ -144,19 +149,44 @@ class Watch:
         assert request.tokens[:start] + chunk.tokens[:count] == request.tokens[: sequence.position]
         self._compare(request, sequence, start, rows[:count])
 
-    def settle(self, requests: Sequence[Request], answers: Sequence[list[int]]) -> None:
-        """Assert that all have ended with these answers and given everything back."""
-        for request, answer in zip(requests, answers, strict=True):
-            assert request.generated == answer, f"request {request.identity}: other tokens"
+    def serve(
+        self, wave: Wave, *, together: bool, before: Callable[[Sequence[Request]], None] = lambda _: None
+    ) -> list[Request]:
+        """Run requests one by one, or together, of which the last comes when the others are under way."""
+        engine = self.engine
+        requests: list[Request] = []
+        left = list(wave)
+        started = self.counts["steps"]
+        while left or engine._answers:
+            if left and (len(left) > 1 or self.counts["steps"] > started + 2 if together else not engine._answers):
+                prompt, params = left.pop(0)
+                requests.append(engine.add(prompt, params))
+                continue
+            before(requests)
+            engine.step()
+            engine.runner.arena.check()
+            assert self.counts["steps"] < started + 400, "the engine runs on and on"
+        return requests
+
+    def settle(self, requests: Sequence[Request], wave: Wave) -> None:
+        """Assert that all have ended with the right answers and given everything back."""
+        for request, (prompt, params) in zip(requests, wave, strict=True):
+            assert request.generated == self.oracle.answer(prompt, params), f"request {request.identity}: other tokens"
             self.counts["cached"] += request.cached or 0
+        self.rest()
+
+    def rest(self) -> None:
+        """Assert that everything came back."""
         arena = self.engine.runner.arena
         arena.check()
         assert (arena.free_slots, arena.held_pages) == (arena.plan.slots, 0), "not everything came back"
+        assert arena.free_pages + arena.cached_pages == arena.plan.pages
+        assert not self._pending
 
-    def rob(self) -> None:
-        """Take the memory of whoever came last, as the schedule does when pages run out."""
-        running = [request for request in self.engine.schedule.running if request.generated]
-        if len(running) > 1 and self.counts["robbed"] < 6:
+    def rob(self, *, began: bool = True) -> None:
+        """Take the memory of whoever came last (and has begun to answer), as the schedule does when pages run out."""
+        running = [request for request in self.engine.schedule.running if request.generated or not began]
+        if len(running) > began and self.counts["robbed"] < 6:
             self.engine._memory.release(running[-1])
             self.engine.schedule.again(running[-1])
             self.counts["robbed"] += 1
@@ -186,26 +216,19 @@ def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
     watch = Watch(engine, oracle)
     if "drafted" in path:
         engine.drafting = Scripted(oracle, lambda request: (request.identity + len(request.generated)) % (DRAFTS + 1))
+
+    def rob(_: Sequence[Request]) -> None:
+        if "robbed" in path and watch.counts["steps"] % 4 == 3:
+            watch.rob()
+
     for wave in waves(oracle, path):
-        requests: list[Request] = []
-        left = list(wave)
-        while left or engine._answers:
-            assert watch.counts["steps"] < 400, "the engine runs on and on"
-            # Alone or all at once, but the last of them comes when the others are under way.
-            if left and (not engine._answers if "batched" not in path else len(left) > 1 or watch.counts["steps"] > 2):
-                prompt, params = left.pop(0)
-                requests.append(engine.add(prompt, params))
-                continue
-            if "robbed" in path and watch.counts["steps"] % 4 == 3:
-                watch.rob()
-            engine.step()
-            engine.runner.arena.check()
-        watch.settle(requests, [oracle.answer(prompt, params) for prompt, params in wave])
+        requests = watch.serve(wave, together="batched" in path, before=rob)
+        watch.settle(requests, wave)
     watch.counts["preempted"] = engine.schedule.preemptions
     return watch.counts
 
 
-def waves(oracle: Oracle, path: frozenset[str]) -> list[Sequence[tuple[list[int], SamplingParams]]]:
+def waves(oracle: Oracle, path: frozenset[str]) -> list[Wave]:
     """Prompts, and after their end the second turns of the same conversations where a cache may know the first."""
     first = [(list(prompt), params) for prompt, params in PROMPTS]
     if "ngram" in path:
