@@ -25,7 +25,7 @@ struct Attend {
   Stored value;            // the field that is averaged; the same as scored[0] where a row is key and value
   const void* queries[2];  // [tokens, query heads, dim] each
   int64_t token_stride[2], head_stride[2];
-  void* out;               // [tokens, query heads, dim of the value], zeroed
+  void* out;               // [tokens, query heads, dim of the value]; zero for the tokens after those of the last row
   const int64_t *gather, *position, *count, *pages;  // of the step: [batch, longest], [batch], [batch], [batch, width]
   int64_t batch, longest, width, tokens, heads, group, window;  // window 0: none
   float factor;            // of the scores
@@ -104,6 +104,8 @@ class Attention {
   }
 
   void run() {
+    const int64_t token_bytes = a.heads * a.group * value.dim * (a.bf16 ? 2 : 4), owned = rows_of_head / a.group;
+    if (owned < a.tokens) memset((char*)a.out + owned * token_bytes, 0, (a.tokens - owned) * token_bytes);
     frame_queries();
     std::vector<Item> tiles = cut();
     int64_t parts = 0;

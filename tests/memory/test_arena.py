@@ -420,6 +420,7 @@ def test_what_is_allocated_is_what_was_planned(name: str, drafts: int, dtype: st
         drafts=drafts,
         dtype=dtype,
         draft_formats=draft_formats if drafts else None,
+        checkpoints=2 * drafts,
     )
     arena = Arena(spec, planned, select(spec, formats, draft_formats))
     assert arena.nbytes == planned.total_bytes

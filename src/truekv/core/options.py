@@ -63,6 +63,8 @@ class EngineOptions:
     """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need."""
     kernel_backend: str = "auto"
     """auto, native or reference; auto is native where its library was built and can run every layer."""
+    sentinel: bool = True
+    """Look at stored rows now and then, and at answers that repeat themselves; report what is wrong."""
     debug_poison: bool = False
     """Fill free and unwritten memory with NaN so that any stale read shows."""
 
@@ -89,7 +91,7 @@ class StructuredOutputs:
     json: Mapping[str, Any] | str | None = None
     """A JSON schema, as an object or as text."""
     regex: str | None = None
-    """A regular expression that the whole answer matches (the syntax of Rust's regex crate: no look-around)."""
+    """A regular expression that the whole answer matches (Rust's regex syntax: Unicode classes, no look-around)."""
     choice: Sequence[str] | None = None
     """The answers to choose from."""
     grammar: str | None = None
@@ -222,5 +224,8 @@ def _shown(value: object) -> str:
     """Return a value as a sentence shows it: what is absurdly large, by its size."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a list of integers beyond what Python prints
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"

@@ -21,8 +21,9 @@ LONGEST_GRAMMAR: Final = 1 << 18
 """Bytes of a schema, an expression, a grammar or a list of choices."""
 MOST_REMAINDERS: Final = 100_000
 """States that the multipleOf of a schema may need: its automaton counts remainders, about 70,000 in a second."""
-# Work per compilation and per token, in llguidance's units: tens of milliseconds, then an error.
-_LIMITS: Final = {"initial_lexer_fuel": 400_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
+# Work of a compilation and of a first step, in llguidance's units: some tenths of a second, then an error.
+# What a later step may cost (some ten milliseconds) is left to the library's own limits.
+_FUEL: Final = 400_000
 # Room for indentation; without a bound, a model may write white space until its tokens are spent.
 _WHITE_SPACE: Final = r"[\x20\x0A\x0D\x09]{1,64}"
 _MULTIPLE: Final = re.compile(r'"multipleOf"\s*:\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d{1,4})?)')
@@ -44,7 +45,8 @@ class Grammars:
 
         library = self._prepare()
         kind, grammar = _grammar(wanted)
-        matcher = LLMatcher(library, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **_LIMITS))
+        limits = LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False)
+        matcher = LLMatcher(library, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise Refused(f"structured_outputs: the {kind} cannot be compiled: {_reason(matcher)}")
         # The first step is tried here: a grammar without any text, or beyond the limits, is no request at all.

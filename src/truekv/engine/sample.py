@@ -106,15 +106,12 @@ class Sampler:
         """Sample from what temperature and filters leave."""
         weights_K, tokens_K = self._candidates(logits_V)
         cumulated_K = weights_K.cumsum(0)
-        if self.params.top_p < 1:
-            # A candidate stays while the mass before it is below top_p, so the best one always does.
-            cumulated_K = cumulated_K[(cumulated_K - weights_K) < self.params.top_p]
         # Below the whole mass, so the first place beyond it exists and has a weight of its own.
         point = draw(self.seed or 0, self._chosen) * float(cumulated_K[-1])
         return int(tokens_K[int(torch.searchsorted(cumulated_K, point, right=True))])
 
     def _candidates(self, logits_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (probabilities, tokens) after temperature, min-p and top-k, best first where a filter needs order."""
+        """Return (weights in proportion to the probabilities, tokens) after temperature and filters."""
         # The largest logit is taken off first: a tiny temperature then gives -inf and 0, never inf - inf.
         scaled_V = (logits_V.double() - logits_V.max()) / self.params.temperature
         if self.params.min_p:
@@ -122,14 +119,22 @@ class Sampler:
             scaled_V = scaled_V.masked_fill(scaled_V < math.log(self.params.min_p), -math.inf)
         if self.params.top_k:
             best = scaled_V.topk(min(self.params.top_k, len(scaled_V)))
-            return torch.softmax(best.values, dim=0), best.indices
+            return self._nucleus(torch.softmax(best.values, dim=0), best.indices)
         weights_V = torch.softmax(scaled_V, dim=0)
         if self.params.top_p == 1:
             return weights_V, torch.arange(len(weights_V))
         best = weights_V.topk(min(_USUAL_NUCLEUS, len(weights_V)))
         if float(best.values.sum()) < self.params.top_p:
             best = weights_V.sort(descending=True, stable=True)
-        return best[0], best[1]
+        return self._nucleus(best[0], best[1])
+
+    def _nucleus(self, weights_K: torch.Tensor, tokens_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply top-p to candidates, best first."""
+        if self.params.top_p == 1:
+            return weights_K, tokens_K
+        # A candidate stays while the mass before it is below top_p, so the best one always does.
+        kept_K = (weights_K.cumsum(0) - weights_K) < self.params.top_p
+        return weights_K[kept_K], tokens_K[kept_K]
 
 
 class Penalties:

@@ -134,7 +134,8 @@ class StateLayer:
     def _misplaced(self, slot: int, held: int, expected: int) -> Corrupted:
         return Corrupted(
             f"{self.name}: slot {slot} holds the state after {held} tokens, but the step "
-            f"expects {expected}; the sequence must be closed and computed again"
+            f"expects {expected}; the sequence must be closed and computed again",
+            layer=self.name,
         )
 
     def _check_finite(self, what: str, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
@@ -143,5 +144,6 @@ class StateLayer:
             name = next(name for name, tensor in tensors.items() if not finite(tensor, rows=rows))
             raise Corrupted(
                 f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
-                "check the weights and the compute dtype"
+                "check the weights and the compute dtype",
+                layer=self.name,
             )

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from truekv.core.errors import Refused, TrueKVError
-from truekv.core.options import EngineOptions
+from truekv.core.errors import TrueKVError
 from truekv.serve.flags import (
     AsJson,
-    Backend,
     CacheDtype,
     CacheK,
     CacheMap,
     CacheV,
     Dtype,
-    Frames,
+    EngineFlags,
     HadamardK,
     HadamardV,
     Logprobs,
@@ -26,6 +24,7 @@ from truekv.serve.flags import (
     Messages,
     Model,
     SamplingFlags,
+    cache_dtype,
     grouped,
 )
 
@@ -72,16 +71,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Make the PROMPT a user message of the chat template.")] = False,
     sampling: SamplingFlags,
     logprobs: Logprobs = 0,
-    kv_cache_dtype: CacheDtype = None,
-    ctk: CacheK = None,
-    ctv: CacheV = None,
-    khad: HadamardK = False,
-    vhad: HadamardV = False,
-    kv_cache_map: CacheMap = "",
-    kv_cache_frames: Frames = None,
-    max_model_len: MaxModelLen = None,
-    dtype: Dtype = "auto",
-    kernel_backend: Backend = "auto",
+    engine: EngineFlags,
     as_json: AsJson = False,
 ) -> None:
     """Complete a prompt, or answer a conversation; the text streams to the terminal.
@@ -99,9 +89,7 @@ def generate(
     from truekv.serve.generate import run
 
     params = sampling.params(logprobs)
-    cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
-    run(model, prompt, messages, options, params, chat=chat, as_json=as_json)
+    run(model, prompt, messages, engine.options(), params, chat=chat, as_json=as_json)
 
 
 @app.command()
@@ -111,16 +99,7 @@ def chat(
     *,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     sampling: SamplingFlags,
-    kv_cache_dtype: CacheDtype = None,
-    ctk: CacheK = None,
-    ctv: CacheV = None,
-    khad: HadamardK = False,
-    vhad: HadamardV = False,
-    kv_cache_map: CacheMap = "",
-    kv_cache_frames: Frames = None,
-    max_model_len: MaxModelLen = None,
-    dtype: Dtype = "auto",
-    kernel_backend: Backend = "auto",
+    engine: EngineFlags,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -131,9 +110,7 @@ def chat(
     from truekv.serve.chat import run
 
     params = sampling.params()
-    cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
-    run(model, options, params, system)
+    run(model, engine.options(), params, system)
 
 
 @app.command()
@@ -206,7 +183,7 @@ def doctor(
     """
     from truekv.serve.doctor import run
 
-    return run(model, _engine(kv_cache_dtype or "auto", "", None, None, "auto", "auto"), as_json=as_json)
+    return run(model, EngineFlags(kv_cache_dtype=kv_cache_dtype).options(), as_json=as_json)
 
 
 @app.command()
@@ -251,35 +228,6 @@ def demo(
     from truekv.serve.demo.run import run
 
     return run(only, seed, as_json=as_json)
-
-
-def _engine(
-    cache: str, layers: str, frames: str | None, length: int | None, dtype: Dtype, backend: str
-) -> EngineOptions:
-    return EngineOptions(
-        dtype=dtype,
-        kv_cache_dtype=cache,
-        kv_cache_map=layers,
-        kv_cache_frames=frames,
-        max_model_len=length,
-        max_num_seqs=1,
-        kernel_backend=backend,
-    )
-
-
-def cache_dtype(both: str | None, k: str | None, v: str | None, *, khad: bool, vhad: bool) -> str:
-    """Join the two spellings of a cache format into one FORMAT or K/V.
-
-    A side that is not named stays bf16, as it stays f16 in llama.cpp.
-    """
-    if both is not None and (k or v):
-        raise Refused("--kv-cache-dtype and -ctk/-ctv name the same thing; use one of them")
-    if not (k or v or khad or vhad):
-        return both or "auto"
-    if (khad or vhad) and not (both or k or v):
-        raise Refused("-khad and -vhad rotate what -ctk and -ctv name; add for example -ctk q8_0 -ctv q4_0")
-    first, _, second = (both or f"{k or 'bf16'}/{v or 'bf16'}").partition("/")
-    return "/".join(name + "+hadamard" * turned for name, turned in ((first, khad), (second or first, vhad)))
 
 
 def main() -> None:

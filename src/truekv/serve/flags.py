@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from truekv.core.errors import Refused
-from truekv.core.options import SamplingParams, StructuredOutputs
+from truekv.core.options import EngineOptions, SamplingParams, StructuredOutputs
+from truekv.serve.speculation import read_speculation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,10 +157,11 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type[Any]] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if not is_dataclass(parameter.annotation):
+        group = parameter.annotation
+        if not (isinstance(group, type) and is_dataclass(group)):
             parameters.append(parameter)
             continue
-        group = groups[parameter.name] = parameter.annotation
+        groups[parameter.name] = group
         hints = get_type_hints(group, include_extras=True)
         parameters += [
             inspect.Parameter(field.name, parameter.kind, default=field.default, annotation=hints[field.name])
@@ -172,9 +174,10 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         return command(**given)
 
-    call.__signature__ = inspect.Signature(parameters)
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return call
+    flat: Any = call
+    flat.__signature__ = inspect.Signature(parameters)
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
 
 
 def _read(name: str, flag: str) -> str:
@@ -191,3 +194,63 @@ def _bias(item: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError as error:
         raise Refused(f"--logit-bias is {item!r}, but must be ID=BIAS, such as 42=-100") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFlags:
+    """How to run a model, as the command line says it."""
+
+    kv_cache_dtype: CacheDtype = None
+    ctk: CacheK = None
+    ctv: CacheV = None
+    khad: HadamardK = False
+    vhad: HadamardV = False
+    kv_cache_map: CacheMap = ""
+    kv_cache_frames: Frames = None
+    max_model_len: MaxModelLen = None
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Keep rows and states for prompts that begin alike.", rich_help_panel="Engine")
+    ] = True
+    prefix_checkpoint_interval: Annotated[
+        int, typer.Option(help="Tokens between a prompt's saved recurrent states.", rich_help_panel="Engine")
+    ] = 512
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Most tokens of a step: the prefill chunk.", rich_help_panel="Engine")
+    ] = 512
+    speculative_config: Annotated[
+        str,
+        typer.Option(
+            metavar="JSON",
+            help='Guess ahead: {"method": "ngram" or "mtp", "num_speculative_tokens": 3}.',
+            rich_help_panel="Engine",
+        ),
+    ] = ""
+    capture: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="Replay recorded steps; auto where that is faster.", rich_help_panel="Engine"),
+    ] = "auto"
+    dtype: Dtype = "auto"
+    kernel_backend: Backend = "auto"
+
+    def options(self, max_num_seqs: int = 1) -> EngineOptions:
+        """Return what the engine takes; Refused for what no engine could run."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        k, v, khad, vhad = (given.pop(name) for name in ("ctk", "ctv", "khad", "vhad"))
+        given["kv_cache_dtype"] = cache_dtype(self.kv_cache_dtype, k, v, khad=khad, vhad=vhad)
+        given["speculative_config"] = read_speculation(self.speculative_config)
+        return EngineOptions(**given, max_num_seqs=max_num_seqs)
+
+
+def cache_dtype(both: str | None, k: str | None, v: str | None, *, khad: bool, vhad: bool) -> str:
+    """Join the two spellings of a cache format into one FORMAT or K/V.
+
+    A side that is not named stays bf16, as it stays f16 in llama.cpp.
+    """
+    if both is not None and (k or v):
+        raise Refused("--kv-cache-dtype and -ctk/-ctv name the same thing; use one of them")
+    if not (k or v or khad or vhad):
+        return both or "auto"
+    if (khad or vhad) and not (both or k or v):
+        raise Refused("-khad and -vhad rotate what -ctk and -ctv name; add for example -ctk q8_0 -ctv q4_0")
+    first, _, second = (both or f"{k or 'bf16'}/{v or 'bf16'}").partition("/")
+    return "/".join(name + "+hadamard" * turned for name, turned in ((first, khad), (second or first, vhad)))

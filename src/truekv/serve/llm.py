@@ -39,6 +39,7 @@ class EngineKeywords(TypedDict, total=False):
     capture: Literal["auto", "on", "off"]
     memory: int | None
     kernel_backend: str
+    sentinel: bool
     debug_poison: bool
 
 
