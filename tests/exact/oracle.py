@@ -40,12 +40,12 @@ class Seen:
 class Oracle:
     """Computes with the weights, formats and frames of an LLM, and with nothing else of it."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, apart: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """`apart`: what it computes in; whoever changes the code under test keeps the change from it there."""
         self.model = llm._engine.runner.model
         self.blueprint = llm._blueprint
         self.longest = llm.max_model_len
-        self.apart: Callable[[], AbstractContextManager[None]] = nullcontext
-        """What it computes in: whoever changes the code under test shields the oracle from the change."""
+        self._apart = apart
         self._seen: dict[tuple[int, ...], Seen] = {}
         self._answers: dict[tuple[Any, ...], list[int]] = {}
 
@@ -53,7 +53,7 @@ class Oracle:
         """Pass over a prefix; what was seen once is remembered."""
         key = tuple(tokens)
         if key not in self._seen:
-            with self.apart():
+            with self._apart():
                 self._seen[key] = self._look(list(tokens))
         return self._seen[key]
 
@@ -61,7 +61,7 @@ class Oracle:
         """The tokens that follow a prompt, each chosen after a pass over all before it."""
         key = (*prompt, params)
         if key not in self._answers:
-            with self.apart():
+            with self._apart():
                 self._answers[key] = self._answer(prompt, params)
         return self._answers[key]
 

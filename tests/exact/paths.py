@@ -12,6 +12,7 @@ from exact.oracle import states, stored_rows
 
 from truekv import SamplingParams
 from truekv.core.options import Speculation
+from truekv.engine.events import Sampled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ def drawn(count: int, seed: int) -> list[int]:
 
 GREEDY: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
 DRAWN: Final = SamplingParams(max_tokens=ANSWER, ignore_eos=True, temperature=0.4, top_p=0.95, seed=11)
-PUNISHED: Final = dataclasses.replace(DRAWN, repetition_penalty=1.1, frequency_penalty=0.2, seed=12)
+PUNISHED: Final = dataclasses.replace(DRAWN, temperature=0.9, repetition_penalty=1.1, frequency_penalty=0.2, seed=12)
 # Three of them grow by a page while they answer.
 PROMPTS: Final = (
     (drawn(60, 1), PUNISHED),
@@ -98,7 +99,12 @@ class Scripted:
                 answer = self.oracle.answer(request.prompt, request.params)[len(request.generated) :]
                 known = (answer + [0] * self.count)[: self.count]
                 right = self.right(request)
-                request.guess = [*known[:right], *((token + 1) % 64 for token in known[right:])]
+                request.guess = known[:right] + [self._wrong(request, token) for token in known[right:]]
+
+    def _wrong(self, request: Request, token: int) -> int:
+        """Another token: the likeliest, where that is not what is drawn."""
+        best = int(self.oracle.look(request.tokens).logits[-1].argmax())
+        return best if best != token else (token + 1) % 64
 
     def forget(self, request: Request) -> None:
         request.guess = []
@@ -111,6 +117,8 @@ class Watch:
     engine: Engine
     oracle: Oracle
     counts: Counter[str] = field(default_factory=Counter[str])
+    told: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    """The tokens that events told of each request."""
     _pending: dict[int, tuple[Request, Chunk, torch.Tensor]] = field(default_factory=dict[int, Any])
 
     def __post_init__(self) -> None:
@@ -163,7 +171,9 @@ class Watch:
                 requests.append(engine.add(prompt, params))
                 continue
             before(requests)
-            engine.step()
+            for event in engine.step():
+                if isinstance(event, Sampled):
+                    self.told.setdefault(event.request, []).append(event.token)
             engine.runner.arena.check()
             assert self.counts["steps"] < started + 400, "the engine runs on and on"
         return requests
@@ -171,7 +181,9 @@ class Watch:
     def settle(self, requests: Sequence[Request], wave: Wave) -> None:
         """Assert that all have ended with the right answers and given everything back."""
         for request, (prompt, params) in zip(requests, wave, strict=True):
-            assert request.generated == self.oracle.answer(prompt, params), f"request {request.identity}: other tokens"
+            answer = self.oracle.answer(prompt, params)
+            assert request.generated == answer, f"request {request.identity}: other tokens"
+            assert self.told[request.identity] == answer, f"request {request.identity}: tokens told twice or never"
             self.counts["cached"] += request.cached or 0
         self.rest()
 

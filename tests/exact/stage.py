@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from exact.checkpoints import save_model
@@ -14,6 +15,8 @@ from truekv.serve.assemble import build
 
 if TYPE_CHECKING:
     from collections import Counter
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 
@@ -22,6 +25,8 @@ class Stage:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.apart: Callable[[], AbstractContextManager[None]] | None = None
+        """What oracles compute in, where the code under test is changed and they must not be."""
         self._oracles: dict[tuple[str, str, str], Oracle] = {}
 
     def llm(
@@ -39,8 +44,13 @@ class Stage:
         """What is true of a model in a format."""
         key = model, cache_format, dtype
         if key not in self._oracles:
-            self._oracles[key] = Oracle(self.llm(model, frozenset(), cache_format, dtype))
+            with self._apart():
+                llm = self.llm(model, frozenset(), cache_format, dtype)
+            self._oracles[key] = Oracle(llm, self._apart)
         return self._oracles[key]
+
+    def _apart(self) -> AbstractContextManager[None]:
+        return self.apart() if self.apart else nullcontext()
 
     def play(
         self, model: str, path: frozenset[str], cache_format: str = "int8", dtype: str = "float32"

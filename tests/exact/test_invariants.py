@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Final
 
+import numpy
 import pytest
 import torch
 from exact.paths import DRAWN, GREEDY, PROMPTS, PUNISHED, TAKEN, Scripted, Watch, drawn
@@ -322,13 +323,18 @@ def test_a_window_sees_exactly_its_tokens() -> None:
 def test_offsets_beyond_two_gibibytes() -> None:
     toy = Toy((gqa(2, 64),))
     tokens = random_tokens(40)
-    arena = make_arena(toy.layers, "f32", poison=False, memory=(1 << 31) + (1 << 26), max_num_seqs=1)
-    arena._free_pages.reverse()  # the last pages come first
+    arena = make_arena(toy.layers, "f32", poison=False, max_num_seqs=1)
+    (layer,) = arena.layers
+    assert isinstance(layer, PagedLayer)
+    page_bytes = layer.data.shape[1]
+    pages = (1 << 31) // page_bytes + 9
+    # Unlike torch's, numpy's zeros cost no memory before they are written.
+    data = torch.from_numpy(numpy.zeros((pages, page_bytes), numpy.uint8))
+    layer.data, layer.stored = data, tuple(dataclasses.replace(stored, data=data) for stored in layer.stored)
+    arena._free_pages = [pages - 1, pages - 2]
     held = arena.open()
     got = toy.feed(arena, held, tokens)
-    layer = arena.layers[0]
-    assert isinstance(layer, PagedLayer)
-    assert min(held.pages) * layer.data.shape[1] > 1 << 31
+    assert min(held.pages) * page_bytes > 1 << 31
     assert torch.equal(got, toy.plain(tuple(tokens)))
 
 
