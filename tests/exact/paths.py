@@ -99,12 +99,10 @@ class Scripted:
                 answer = self.oracle.answer(request.prompt, request.params)[len(request.generated) :]
                 known = (answer + [0] * self.count)[: self.count]
                 right = self.right(request)
-                request.guess = known[:right] + [self._wrong(request, token) for token in known[right:]]
-
-    def _wrong(self, request: Request, token: int) -> int:
-        """Another token: the likeliest, where that is not what is drawn."""
-        best = int(self.oracle.look(request.tokens).logits[-1].argmax())
-        return best if best != token else (token + 1) % 64
+                best = int(self.oracle.look(request.tokens + known[:right]).logits[-1].argmax())
+                # The likeliest token, where that is not what is drawn, would tempt a sampler most.
+                wrong = [best if best != token else (token + 1) % 64 for token in known[right:]]
+                request.guess = known[:right] + wrong
 
     def forget(self, request: Request) -> None:
         request.guess = []
