@@ -29,5 +29,6 @@ class Corrupted(TrueKVError):
         super().__init__(sentence)
         self.layer = layer
 
+
 class ConstraintFailed(TrueKVError):
     """An answer that its grammar does not let go on: a dead end, or a step beyond the limits of work."""

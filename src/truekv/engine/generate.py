@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Sequence as Held
     from truekv.core.options import SamplingParams
+    from truekv.core.protocols import Observer
     from truekv.engine.run import Ran, Runner
     from truekv.engine.schedule import Schedule, Share
     from truekv.engine.speculate.drafting import Drafting
@@ -49,6 +50,7 @@ class Engine:
         ends: frozenset[int],
         max_model_len: int,
         drafting: Drafting | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Bind the runner and the schedule; `tokenizer` is None for checkpoints without one."""
         self.runner = runner
@@ -57,6 +59,7 @@ class Engine:
         self.ends = ends
         self.max_model_len = max_model_len
         self.drafting = drafting
+        self.observer = observer
         self.steps = 0
         self._memory = _Memory(runner.arena)
         self._answers: dict[int, Answer] = {}
@@ -127,9 +130,13 @@ class Engine:
         if not shares:
             return []
         chunks = [_chunk(share) for share in shares]
+        wanted = [self._answers[share.request.identity].wanted(share) for share in shares]
         self.steps += 1
+        eager = self.observer is not None and self.observer.before_step(
+            [share.request.identity for share in shares], sum(len(chunk.tokens) for chunk in chunks)
+        )
         try:
-            ran = self.runner.run(chunks, [self._answers[share.request.identity].wanted(share) for share in shares])
+            ran = self.runner.run(chunks, wanted, eager=eager)
         except Corrupted as error:
             return self._suspect(shares, error)
         return self._finish(shares, ran)
@@ -168,6 +175,8 @@ class Engine:
         request = item.share.request
         assert request.held is not None
         self.runner.arena.advance(request.held, item.real)
+        if self.observer and item.share.samples:
+            self.observer.after_tokens(request.identity, request.tokens, len(request.prompt))
         if request.held.position >= request.alone:
             request.alone = 0
         if item.ended:
@@ -192,6 +201,8 @@ class Engine:
         return []
 
     def _fail(self, request: Request, error: Corrupted | ConstraintFailed) -> Failed:
+        if self.observer and isinstance(error, Corrupted):
+            self.observer.fault(request.identity, error)
         self._end(request, suspect=isinstance(error, Corrupted))
         return Failed(request.identity, error)
 
@@ -201,6 +212,8 @@ class Engine:
             self._memory.release(request, suspect=suspect)
             if self.drafting:
                 self.drafting.forget(request)
+            if self.observer:
+                self.observer.end(request.identity)
 
 
 class _Memory:

@@ -145,6 +145,8 @@ def difference(one: Answer, other: Answer) -> float:
 class Replayed:
     """A model whose verify steps replay one capture, made on a scratch sequence as a server would at start."""
 
+    draft_head: None = None
+
     def __init__(self, model: Model, arena: Arena, width: int) -> None:
         """Capture a verify step of one sequence and a page table of `width` pages."""
         self._model = model
