@@ -40,8 +40,9 @@ PATHS: Final[dict[str, frozenset[str]]] = {
     "prefix": frozenset({"prefix"}),
     "ngram": frozenset({"ngram"}),
     "mtp": frozenset({"mtp"}),
-    "all, ngram": frozenset({"chunked", "batched", "robbed", "prefix", "ngram"}),
-    "all, mtp": frozenset({"chunked", "batched", "robbed", "prefix", "mtp"}),
+    "captured": frozenset({"captured"}),
+    "all, ngram": frozenset({"chunked", "batched", "robbed", "prefix", "ngram", "captured"}),
+    "all, mtp": frozenset({"chunked", "batched", "robbed", "prefix", "mtp", "captured"}),
 }
 
 
@@ -121,11 +122,12 @@ class Watch:
 
     def __post_init__(self) -> None:
         runner, arena = self.engine.runner, self.engine.runner.arena
+        self._idle = arena.free_slots, arena.held_pages, arena.available_pages
         self._run, self._advance, self._close = runner.run, arena.advance, arena.close
         runner.run, arena.advance, arena.close = self.run, self.advance, self.close
 
-    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Ran:
-        ran = self._run(chunks, wanted)
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], **given: bool) -> Ran:
+        ran = self._run(chunks, wanted, **given)
         with torch.inference_mode():
             logits_TV = self.engine.runner.model.logits(ran.hidden).float()
         owners = {id(request.held): request for request in self.engine.schedule.running}
@@ -189,8 +191,7 @@ class Watch:
         """Assert that everything came back."""
         arena = self.engine.runner.arena
         arena.check()
-        assert (arena.free_slots, arena.held_pages) == (arena.plan.slots, 0), "not everything came back"
-        assert arena.free_pages + arena.cached_pages == arena.plan.pages
+        assert (arena.free_slots, arena.held_pages, arena.available_pages) == self._idle, "not everything came back"
         assert not self._pending
 
     def rob(self, *, began: bool = True) -> None:
@@ -235,6 +236,8 @@ def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
         requests = watch.serve(wave, together="batched" in path, before=rob)
         watch.settle(requests, wave)
     watch.counts["preempted"] = engine.schedule.preemptions
+    if "captured" in path:
+        watch.counts["replayed"] = engine.runner._forward.replays
     return watch.counts
 
 
@@ -260,5 +263,6 @@ TAKEN: Final[dict[str, Callable[[Counter[str]], bool]]] = {
     "ngram": lambda counts: counts["accepted"] > 0 and counts["rejected"] > 0,
     "mtp": lambda counts: counts["accepted"] > 0 and counts["rejected"] > 0,
     "prefix": lambda counts: counts["cached"] > 0,
+    "captured": lambda counts: counts["replayed"] > 3,
 }
 """Whether a path was taken, and not only asked for."""

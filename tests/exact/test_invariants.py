@@ -18,6 +18,7 @@ from memory.toys import Toy, gqa, make_arena, random_tokens
 
 from truekv import SamplingParams
 from truekv.core.batch import Chunk
+from truekv.engine.events import Stored as StoredEvent
 from truekv.engine.tokens import StopStrings
 from truekv.formats.choice import codecs
 from truekv.kernels.native.library import library
@@ -71,6 +72,16 @@ def test_the_second_turn_starts_from_the_first(stage: Stage) -> None:
 
 def test_guesses_of_the_prediction_head_change_nothing(stage: Stage) -> None:
     taken(stage, "gdn", "mtp", "batched")
+
+
+def test_a_replayed_step_computes_with_its_own_contents(stage: Stage) -> None:
+    taken(stage, "dense", "captured", "batched", "drafted")
+    # Rows become fewer in a step of one size, so that rows of the step before would be left over.
+    engine = stage.llm("gdn", frozenset({"captured", "batched"}))._engine
+    watch = Watch(engine, stage.oracle("gdn"))
+    wave = [(drawn(9, row), dataclasses.replace(GREEDY, max_tokens=4 + 2 * row)) for row in range(4)]
+    watch.settle(watch.serve(wave, together=True), wave)
+    assert engine.runner._forward.replays > engine.runner._forward.recorded
 
 
 def accept_every_vector(stage: Stage, model: str, drafts: int, rows: int) -> None:
@@ -363,6 +374,27 @@ def test_logprobs_are_the_models_whatever_the_temperature(stage: Stage) -> None:
         expected = torch.log_softmax(oracle.look(prompt + result.tokens[:place]).logits[-1], 0)
         assert position.chosen.logprob == pytest.approx(float(expected[result.tokens[place]]), abs=1e-6)
         assert position.top[0].logprob == pytest.approx(float(expected.max()), abs=1e-6)
+
+
+def test_prompt_logprobs_are_complete_whatever_is_cached_or_lost(stage: Stage) -> None:
+    oracle, engine = stage.oracle("dense"), stage.llm("dense", frozenset({"prefix", "batched", "chunked"}))._engine
+    watch = Watch(engine, oracle)
+    prompt = drawn(70, 4)
+    params = dataclasses.replace(GREEDY, prompt_logprobs=1, max_tokens=4)
+    expected = torch.log_softmax(oracle.look(prompt).logits, -1)
+    for lose in (False, True):
+        request = engine.add(prompt, params)
+        told: list[float] = []
+        steps = watch.counts["steps"]
+        while engine._answers:
+            if lose and watch.counts["steps"] == steps + 1 and not watch.counts["robbed"]:
+                watch.rob(began=False)
+            for event in engine.step():
+                if isinstance(event, StoredEvent):
+                    told += [item.logprob for item in event.logprobs]
+        assert request.generated == oracle.answer(prompt, params)
+        assert told == pytest.approx([float(expected[place - 1, prompt[place]]) for place in range(1, 70)], abs=1e-6)
+    assert watch.counts["robbed"] == 1
 
 
 def test_a_lower_priority_number_goes_first(stage: Stage) -> None:

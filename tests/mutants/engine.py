@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from exact import test_invariants as tests
 from mutants.mutant import Mutant, Patch
 
@@ -15,14 +16,13 @@ from truekv.engine import sample as sample_module
 from truekv.engine import schedule as schedule_module
 from truekv.engine import tokens as tokens_module
 from truekv.engine.answer import Answer
+from truekv.engine.padding import PaddedStep
 from truekv.engine.schedule import Schedule
 from truekv.formats.lm import Codebook
 from truekv.kernels.native import paged as native
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from truekv.core.batch import Step
     from truekv.engine.request import Request
@@ -141,6 +141,28 @@ def logprobs_after_temperature() -> list[Patch]:
     return [Patch(answer_module, "logprob", lambda logits_V, token, count: logprob(logits_V / 2, token, count))]
 
 
+def length_baked() -> list[Patch]:
+    attend = native.attend
+    alive: list[torch.Tensor] = []
+
+    def bake(queries: Any, fields: Any, scale: float, window: int | None, step: Step) -> torch.Tensor:
+        alive.append(torch.from_numpy(step.position.numpy().copy()))
+        return attend(queries, fields, scale, window, dataclasses.replace(step, position=alive[-1]))
+
+    return [Patch(native, "attend", bake)]
+
+
+def padding_stale() -> list[Patch]:
+    def put(self: PaddedStep, step: Step, tensors: Any = ()) -> None:
+        for field in dataclasses.fields(step):
+            value, buffer = getattr(step, field.name), getattr(self.step, field.name)
+            for dim, length in enumerate(value.shape):
+                buffer = buffer.narrow(dim, 0, length)
+            buffer.copy_(value)
+
+    return [Patch(PaddedStep, "put", put)]
+
+
 def priority_inverted() -> list[Patch]:
     return [Patch(Schedule, "_rank", lambda self, request: (-request.priority, request.arrival))]
 
@@ -151,6 +173,18 @@ MUTANTS: Final = (
         "attention reads one line beyond the last token",
         tests.test_one_request_after_the_other_starts_from_nothing,
         tail_over_read,
+    ),
+    Mutant(
+        "capture bakes a length",
+        "a captured step attends to as many tokens as when it was recorded",
+        tests.test_a_replayed_step_computes_with_its_own_contents,
+        length_baked,
+    ),
+    Mutant(
+        "stale padded rows",
+        "rows of the step before stay in a captured step where the next one has fewer",
+        tests.test_a_replayed_step_computes_with_its_own_contents,
+        padding_stale,
     ),
     Mutant(
         "window off by one",

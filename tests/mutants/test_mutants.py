@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from exact.stage import Stage
-from mutants import engine, memory
+from mutants.every import MUTANTS
 from mutants.mutant import Mutant, noticed
 
 from truekv.kernels.native.library import library
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native library is not built")
-MUTANTS = sorted((*memory.MUTANTS, *engine.MUTANTS), key=lambda mutant: mutant.test_name)
 
 
 @pytest.fixture(scope="session")
