@@ -79,7 +79,7 @@ def test_a_replayed_step_computes_with_its_own_contents(stage: Stage) -> None:
     # Rows become fewer in a step of one size, so that rows of the step before would be left over.
     engine = stage.llm("gdn", frozenset({"captured", "batched"}))._engine
     watch = Watch(engine, stage.oracle("gdn"))
-    wave = [(drawn(9, row), dataclasses.replace(GREEDY, max_tokens=4 + 2 * row)) for row in range(4)]
+    wave = [(drawn(9, row), dataclasses.replace(GREEDY, max_tokens=6 + 2 * row)) for row in range(4)]
     watch.settle(watch.serve(wave, together=True), wave)
     assert engine.runner._forward.replays > engine.runner._forward.recorded
 
