@@ -9,10 +9,11 @@ from truekv.core.batch import Chunk
 from truekv.core.errors import ConstraintFailed, Corrupted, Refused
 from truekv.engine.answer import Answer
 from truekv.engine.constrain import Grammars
-from truekv.engine.events import Ended, Event, Failed
+from truekv.engine.events import Ended, Event, Failed, Sampled
 from truekv.engine.request import Request
 from truekv.engine.sample import Sampler
 from truekv.engine.speculate.drafting import Verified
+from truekv.engine.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -60,7 +61,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.drafting = drafting
         self.observer = observer
-        self.steps = 0
+        self.steps = self._computed = self._generated = 0
         self._memory = _Memory(runner.arena)
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
@@ -109,6 +110,25 @@ class Engine:
     def seed(self, request: Request) -> int | None:
         """Return the seed a request draws from; None when it is greedy and none was given."""
         return self._answers[request.identity].sampler.seed
+
+    @property
+    def stats(self) -> Stats:
+        """What was done so far."""
+        arena, schedule = self.runner.arena, self.schedule
+        tally = self.drafting.tally if self.drafting else None
+        return Stats(
+            running=len(schedule.running),
+            waiting=len(schedule.waiting),
+            steps=self.steps,
+            computed_tokens=self._computed,
+            generated_tokens=self._generated,
+            preemptions=schedule.preemptions,
+            drafted=tuple(tally.drafted) if tally else (),
+            accepted=tuple(tally.accepted) if tally else (),
+            prefix=arena.prefix,
+            pages=schedule.pages,
+            held_pages=arena.held_pages,
+        )
 
     def abort(self, request: Request) -> None:
         """End a request now and give its memory back; nothing happens if it has ended already."""
@@ -161,6 +181,7 @@ class Engine:
                 events.append(self._fail(share.request, error))
             else:
                 events += found
+                self._generated += sum(isinstance(event, Sampled) for event in found)
                 ended = bool(found) and isinstance(found[-1], Ended)
                 verified.append(Verified(share, start, accepted, ended=ended))
             start += share.count + len(share.drafts)
@@ -174,6 +195,7 @@ class Engine:
     def _advance(self, item: Verified) -> None:
         request = item.share.request
         assert request.held is not None
+        self._computed += item.real
         self.runner.arena.advance(request.held, item.real)
         if self.observer and item.share.samples:
             self.observer.after_tokens(request.identity, request.tokens, len(request.prompt))
@@ -230,7 +252,7 @@ class _Memory:
         return self._arena.available_pages
 
     def new_pages(self, request: Request) -> int:
-        return self.pages_for(len(request.tokens) + 1)
+        return self._arena.new_pages(request.tokens, salt=request.salt)
 
     def open(self, request: Request) -> Held:
         # Log-probabilities of the prompt come from computing it.

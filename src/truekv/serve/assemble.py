@@ -148,9 +148,14 @@ def captures(options: EngineOptions) -> bool:
 
 
 def _captured(options: EngineOptions, model: Model, arena: Arena) -> Callable[[Step], torch.Tensor] | None:
+    if not captures(options):
+        return None
     from truekv.engine.capture import StepGraphs
 
-    return StepGraphs(lambda step: model.forward(step, arena.layers), arena) if captures(options) else None
+    def forward(step: Step) -> torch.Tensor:
+        return model.forward(step, arena.layers)
+
+    return StepGraphs(forward, arena)
 
 
 def _drafter(options: EngineOptions, model: Model, arena: Arena) -> Drafter | None:

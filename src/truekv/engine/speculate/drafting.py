@@ -44,6 +44,11 @@ class Drafting(Protocol):
         """Lines beyond a step that samples, which guessing writes to."""
         ...
 
+    @property
+    def tally(self) -> Tally:
+        """How drafts fared so far."""
+        ...
+
     def follow(self, verified: Sequence[Verified], hidden_TH: torch.Tensor) -> None:
         """Learn what became of the drafts of a step, and set `guess` of every request that goes on.
 

@@ -153,7 +153,11 @@ class Replayed:
         self._width = width
         scratch = arena.open()
         step = self._padded(arena.reserve([Chunk(scratch, [0] * (1 + DRAFTS), DRAFTS)]))
-        self._captured = Captured(lambda recorded: model.forward(recorded, arena.layers), step)
+
+        def forward(recorded: Step) -> torch.Tensor:
+            return model.forward(recorded, arena.layers)
+
+        self._captured = Captured(forward, step)
         arena.close(scratch)
 
     @property
