@@ -322,7 +322,9 @@ def test_the_head_shares_embedding_and_output_with_the_trunk(drafted: Drafted) -
     model: Any = drafted.checkpoint.with_draft_head().load("float32")
     assert model.draft_head.embedding is model.embedding
     assert model.draft_head.output is model.head.matrix
-    used = [name for name in drafted.checkpoint.with_draft_head().tensors if name.startswith(drafted.plain.released.prefix)]
+    used = [
+        name for name in drafted.checkpoint.with_draft_head().tensors if name.startswith(drafted.plain.released.prefix)
+    ]
     assert not [name for name in used if "embed_tokens" in name or "shared_head.head" in name]
 
 
@@ -345,7 +347,11 @@ def test_what_is_wrong_with_a_head_is_refused_before_it_is_loaded(drafted: Draft
     checkpoint.check()
     with pytest.raises(Refused) as refusal:
         checkpoint.with_draft_head().check()
-    for part in (f"'{norm}' missing", f"'{released.prefix}more' unexpected", f"'{join}' has shape [64, 127] instead of"):
+    for part in (
+        f"'{norm}' missing",
+        f"'{released.prefix}more' unexpected",
+        f"'{join}' has shape [64, 127] instead of",
+    ):
         assert part in str(refusal.value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.config import Config
+    from truekv.core.errors import Corrupted
     from truekv.core.lazy import torch
     from truekv.core.spec import Field, ModelSpec, Recurrent
     from truekv.core.weights import Weights
@@ -246,6 +247,34 @@ class Proposer(Protocol):
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """Guess up to `limit` tokens that continue `tokens`."""
+        ...
+
+
+class Observer(Protocol):
+    """Looks on while the engine runs. It reports what it notices, and changes no answer."""
+
+    def before_step(self, requests: Seq[int], tokens: int) -> bool:
+        """Learn which requests the next step serves, in the order of its chunks, and how many tokens it runs.
+
+        Returns whether it must run launch by launch, because this time the rows of a layer are looked
+        at on their way to memory: a captured step would not show them.
+        """
+        ...
+
+    def after_tokens(self, request: int, tokens: Seq[int], prompt: int) -> None:
+        """See a request's tokens after some were sampled: all of them, of which the first `prompt` were given."""
+        ...
+
+    def fault(self, request: int, error: Corrupted) -> None:
+        """Learn that a request is ended because its numbers cannot be trusted."""
+        ...
+
+    def end(self, request: int) -> None:
+        """Forget a request: it was answered, aborted or failed."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return what was noticed so far, as JSON can hold it."""
         ...
 
 

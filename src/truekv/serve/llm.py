@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
-from truekv.core.errors import Corrupted, Refused
+from truekv.core.errors import Refused, TrueKVError
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
 from truekv.core.options import EngineOptions, SamplingParams
@@ -39,6 +39,7 @@ class EngineKeywords(TypedDict, total=False):
     capture: Literal["auto", "on", "off"]
     memory: int | None
     kernel_backend: str
+    sentinel: bool
     debug_poison: bool
 
 
@@ -82,6 +83,8 @@ class Result:
     seed: int | None
     """The seed that gives these tokens again; None when none was needed."""
     logprobs: list[Position] | None
+    prompt_logprobs: list[Position] | None
+    """Of every prompt token but the first."""
     kv_plan: dict[str, Any]
     """What memory really stored: format and bytes of every layer."""
 
@@ -96,6 +99,7 @@ class _Draft:
     tokens: list[int] = field(default_factory=list[int])
     text: str = ""
     logprobs: list[Position] = field(default_factory=list[Position])
+    prompt_logprobs: list[Position] = field(default_factory=list[Position])
 
 
 class LLM:
@@ -142,6 +146,12 @@ class LLM:
         """How the engine runs."""
         return self._blueprint.options
 
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was done so far: steps, tokens, preemptions, drafts by place, prefix cache, and what the guards saw."""
+        engine = self._engine
+        return {**asdict(engine.stats), "sentinel": engine.observer.report() if engine.observer else None}
+
     def generate(
         self,
         prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
@@ -153,8 +163,9 @@ class LLM:
         """Answer one prompt or many at once, text or token ids; returns one Result each, in order.
 
         `priority`: one number per prompt, of which lower ones go first. `cache_salt`: only prompts of
-        the same salt share what the prefix cache holds. All prompts are checked before any is run. If the numbers of one become non-finite the others
-        are still finished, then Corrupted is raised.
+        the same salt share what the prefix cache holds. All prompts are checked before any is run. If one
+        fails (Corrupted: its numbers became non-finite; ConstraintFailed) the others are still finished,
+        then its error is raised.
         """
         listed = _as_list(prompts)
         one = params if isinstance(params, SamplingParams) else SamplingParams()
@@ -250,7 +261,7 @@ class LLM:
         requests = engine.add_all(asked)
         places = {request.identity: place for place, request in enumerate(requests)}
         drafts = [_Draft(engine.seed(request), len(request.prompt)) for request in requests]
-        failed: Corrupted | None = None
+        failed: TrueKVError | None = None
         for event in engine.run(requests):
             place = places.get(event.request)
             if place is None:
@@ -258,6 +269,7 @@ class LLM:
             match event:
                 case Stored():
                     drafts[place].cached_tokens = event.cached
+                    drafts[place].prompt_logprobs += [self._position(found) for found in event.logprobs]
                     yield place, event
                 case Sampled():
                     self._grow(drafts[place], event)
@@ -292,6 +304,7 @@ class LLM:
             usage=Usage(draft.prompt_tokens, len(draft.tokens), draft.cached_tokens),
             seed=draft.seed,
             logprobs=draft.logprobs if params.logprobs else None,
+            prompt_logprobs=None if params.prompt_logprobs is None else draft.prompt_logprobs,
             kv_plan=self.kv_plan,
         )
 

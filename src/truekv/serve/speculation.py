@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
 from truekv.core.options import Speculation
-
-if TYPE_CHECKING:
-    from truekv.core.spec import ModelSpec
 
 # vLLM's names for heads that truekv runs in one way.
 _METHODS = {"ngram": "ngram", "mtp": "mtp", "deepseek_mtp": "mtp", "qwen3_next_mtp": "mtp", "glm4_moe_lite_mtp": "mtp"}
@@ -31,9 +28,10 @@ def read_speculation(given: str | Mapping[str, Any] | Speculation | None) -> Spe
             raise Refused(f"speculative_config is not valid JSON: {error}") from error
     if not isinstance(given, Mapping):
         raise Refused(
-            f'speculative_config is {given!r}, but must be an object: {{"method": "ngram", "num_speculative_tokens": 3}}'
+            f"speculative_config is {given!r}, but must be an object: "
+            '{"method": "ngram", "num_speculative_tokens": 3}'
         )
-    values = dict(cast("Mapping[str, Any]", given))
+    values: dict[str, Any] = dict(given)
     known = {field.name: field.name for field in fields(Speculation)}
     for name in values:
         choose("field of speculative_config", str(name), known)
@@ -44,18 +42,3 @@ def read_speculation(given: str | Mapping[str, Any] | Speculation | None) -> Spe
     if not isinstance(values.get("adaptive", True), bool):
         raise Refused(f"adaptive of speculative_config is {values['adaptive']!r}, but must be true or false")
     return Speculation(**values)
-
-
-def fitting(speculation: Speculation | None, spec: ModelSpec, longest: int) -> None:
-    """Refuse guesses that the model cannot make or that no context of it could hold."""
-    if speculation is None:
-        return
-    if speculation.num_speculative_tokens >= longest:
-        raise Refused(
-            f"num_speculative_tokens is {speculation.num_speculative_tokens}, but the context holds {longest} tokens; "
-            "guess fewer or raise max_model_len"
-        )
-    if speculation.method == "mtp" and not spec.draft_layers:
-        raise Refused(
-            f"this {spec.family} checkpoint has no multi-token-prediction head, which method mtp needs; use method ngram"
-        )
