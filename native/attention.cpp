@@ -250,7 +250,7 @@ class Attention {
 
   void fold(Partial& into, const Partial& part, int64_t rows) const {
     for (int64_t r = 0; r < rows; r++) {
-      if (part.highest[r] == -INFINITY) continue;
+      if (part.total[r] == 0.0f) continue;
       float highest = std::max(into.highest[r], part.highest[r]);
       float before = exp_of(into.highest[r] - highest), now = exp_of(part.highest[r] - highest);
       into.highest[r] = highest;
@@ -383,7 +383,8 @@ class Attention {
     }
     float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
     F32 relative = all(finite_or_zero(highest));
-    F32 p[2] = {exp(s[0] - relative), exp(s[1] - relative)};
+    // A key that is no number must not pass for one of no weight.
+    F32 p[2] = {s[0] == s[0] ? exp(s[0] - relative) : s[0], s[1] == s[1] ? exp(s[1] - relative) : s[1]};
     float before = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
     part.highest[r] = highest;
     part.total[r] = part.total[r] * before + sum(p[0] + p[1]);
