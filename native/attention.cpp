@@ -25,7 +25,7 @@ struct Attend {
   Stored value;            // the field that is averaged; the same as scored[0] where a row is key and value
   const void* queries[2];  // [tokens, query heads, dim] each
   int64_t token_stride[2], head_stride[2];
-  void* out;               // [tokens, query heads, dim of the value], zeroed
+  void* out;               // [tokens, query heads, dim of the value]; zero for the tokens after those of the last row
   const int64_t *gather, *position, *count, *pages;  // of the step: [batch, longest], [batch], [batch], [batch, width]
   int64_t batch, longest, width, tokens, heads, group, window;  // window 0: none
   float factor;            // of the scores
@@ -104,6 +104,8 @@ class Attention {
   }
 
   void run() {
+    const int64_t token_bytes = a.heads * a.group * value.dim * (a.bf16 ? 2 : 4), owned = rows_of_head / a.group;
+    if (owned < a.tokens) memset((char*)a.out + owned * token_bytes, 0, (a.tokens - owned) * token_bytes);
     frame_queries();
     std::vector<Item> tiles = cut();
     int64_t parts = 0;
@@ -248,7 +250,7 @@ class Attention {
 
   void fold(Partial& into, const Partial& part, int64_t rows) const {
     for (int64_t r = 0; r < rows; r++) {
-      if (part.highest[r] == -INFINITY) continue;
+      if (part.total[r] == 0.0f) continue;
       float highest = std::max(into.highest[r], part.highest[r]);
       float before = exp_of(into.highest[r] - highest), now = exp_of(part.highest[r] - highest);
       into.highest[r] = highest;
@@ -382,7 +384,8 @@ class Attention {
     }
     float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
     F32 relative = all(finite_or_zero(highest));
-    F32 p[2] = {exp(s[0] - relative), exp(s[1] - relative)};
+    // A key that is no number must not pass for one of no weight.
+    F32 p[2] = {s[0] == s[0] ? exp(s[0] - relative) : s[0], s[1] == s[1] ? exp(s[1] - relative) : s[1]};
     float before = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
     part.highest[r] = highest;
     part.total[r] = part.total[r] * before + sum(p[0] + p[1]);

@@ -96,6 +96,13 @@ struct Row {
   }
 };
 
+// Tokens after those of the last row belong to nobody: their output, `width` numbers each, is zero.
+INLINE void clear_padding(const Timeline& step, int64_t width, float* out) {
+  int64_t owned = 0;
+  for (int64_t row = 0; row < step.rows; row++) owned += step.count[row];
+  if (owned < step.tokens) memset(out + owned * width, 0, (size_t)((step.tokens - owned) * width) * sizeof(float));
+}
+
 // [16 channels, n] as n vectors of 16 channels.
 template <class T>
 INLINE void columns(const T* from, int64_t n, int64_t count, F32* to) {

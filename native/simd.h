@@ -280,7 +280,7 @@ INLINE I16 widen_half_way(I8 a) {
 #endif
 }
 
-// 16 finite fp16 numbers, widened. (Where the machine has no such instruction, infinity and NaN turn finite.)
+// 16 fp16 numbers, widened.
 INLINE F32 widen_half(U16 a) {
 #if defined(__AVX512F__)
   return (F32)_mm512_cvtph_ps((__m256i)a);
@@ -292,7 +292,9 @@ INLINE F32 widen_half(U16 a) {
   U32 bits = widen_bits(a);
   // The exponent's bias differs by 112; the product is exact, and subnormal numbers come out right.
   F32 size = (F32)((bits & 0x7FFF) << 13) * all(0x1p112f);
-  return (F32)((U32)size | ((bits & 0x8000) << 16));
+  // Infinity and NaN keep all bits of the exponent.
+  U32 endless = (U32)((bits & 0x7C00) == 0x7C00) & 0x7F800000;
+  return (F32)((U32)size | endless | ((bits & 0x8000) << 16));
 #endif
 }
 
@@ -304,6 +306,7 @@ INLINE float half_to_float(uint16_t a) {
   float size;
   memcpy(&size, &bits, 4);
   size *= 0x1p112f;
+  if (bits >= 0x7C00u << 13) size = bits > 0x7C00u << 13 ? NAN : INFINITY;
   return sign ? -size : size;
 #endif
 }

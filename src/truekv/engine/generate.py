@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from truekv.core.batch import Chunk
-from truekv.core.errors import Corrupted, Refused
+from truekv.core.errors import ConstraintFailed, Corrupted, Refused
 from truekv.engine.answer import Answer
-from truekv.engine.events import Ended, Event, Failed, Stored
+from truekv.engine.constrain import Grammars
+from truekv.engine.events import Ended, Event, Failed, Sampled
 from truekv.engine.request import Request
+from truekv.engine.sample import Sampler
 from truekv.engine.speculate.drafting import Verified
+from truekv.engine.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from truekv.core.batch import Sequence as Held
-    from truekv.core.lazy import torch
     from truekv.core.options import SamplingParams
+    from truekv.core.protocols import Observer
     from truekv.engine.run import Ran, Runner
     from truekv.engine.schedule import Schedule, Share
     from truekv.engine.speculate.drafting import Drafting
     from truekv.engine.tokens import Tokenizer
     from truekv.memory.arena import Arena
+
+
+class Asked(NamedTuple):
+    """What somebody wants answered."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    priority: int = 0
+    """Lower goes first."""
+    salt: str = ""
+    """Only requests of the same salt share the prefix cache."""
 
 
 class Engine:
@@ -37,6 +51,7 @@ class Engine:
         ends: frozenset[int],
         max_model_len: int,
         drafting: Drafting | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Bind the runner and the schedule; `tokenizer` is None for checkpoints without one."""
         self.runner = runner
@@ -45,30 +60,36 @@ class Engine:
         self.ends = ends
         self.max_model_len = max_model_len
         self.drafting = drafting
-        self.steps = 0
+        self.observer = observer
+        self.steps = self._computed = self._generated = 0
         self._memory = _Memory(runner.arena)
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
+        self._grammars = Grammars(tokenizer, runner.model.spec.vocab_size, ends)
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: str = "") -> Request:
-        """Queue a prompt of token ids; Refused when it is empty, unknown to the model or does not fit.
-
-        Requests of a lower `priority` go first. Only those of one `salt` share the prefix cache.
-        """
+    def add(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0, salt: str = "") -> Request:
+        """Queue a prompt of token ids; Refused when it is empty, unknown to the model or does not fit."""
         self.check(prompt, params)
         limit = min(params.max_tokens, self.max_model_len - len(prompt))
         request = Request(next(self._identities), tuple(prompt), params, limit, priority, salt, list(prompt))
-        answer = Answer(request, self.tokenizer, self.ends)
+        answer = Answer(request, self.tokenizer, self._sampler(prompt, params))
         self.schedule.add(request)
         self._answers[request.identity] = answer
         return request
 
-    def add_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
+    def _sampler(self, prompt: Sequence[int], params: SamplingParams) -> Sampler:
+        asked = params.structured_outputs
+        constraint = self._grammars.compile(asked) if asked else None
+        ends = frozenset[int]() if params.ignore_eos else self.ends
+        return Sampler(params, prompt, self.runner.model.spec.vocab_size, ends, constraint)
+
+    def add_all(self, asked: Iterable[Asked]) -> list[Request]:
         """Queue all of several prompts, or none when one of them is refused."""
         added: list[Request] = []
         try:
-            for prompt, params in prompts:
-                added.append(self.add(prompt, params))
+            for each in asked:
+                request = self.add(*each)
+                added.append(request)
         except Refused:
             for request in added:
                 self.abort(request)
@@ -90,6 +111,25 @@ class Engine:
         """Return the seed a request draws from; None when it is greedy and none was given."""
         return self._answers[request.identity].sampler.seed
 
+    @property
+    def stats(self) -> Stats:
+        """What was done so far."""
+        arena, schedule = self.runner.arena, self.schedule
+        tally = self.drafting.tally if self.drafting else None
+        return Stats(
+            running=len(schedule.running),
+            waiting=len(schedule.waiting),
+            steps=self.steps,
+            computed_tokens=self._computed,
+            generated_tokens=self._generated,
+            preemptions=schedule.preemptions,
+            drafted=tuple(tally.drafted) if tally else (),
+            accepted=tuple(tally.accepted) if tally else (),
+            prefix=arena.prefix,
+            pages=schedule.pages,
+            held_pages=arena.held_pages,
+        )
+
     def abort(self, request: Request) -> None:
         """End a request now and give its memory back; nothing happens if it has ended already."""
         self._end(request)
@@ -110,9 +150,13 @@ class Engine:
         if not shares:
             return []
         chunks = [_chunk(share) for share in shares]
+        wanted = [self._answers[share.request.identity].wanted(share) for share in shares]
         self.steps += 1
+        eager = self.observer is not None and self.observer.before_step(
+            [share.request.identity for share in shares], sum(len(chunk.tokens) for chunk in chunks)
+        )
         try:
-            ran = self.runner.run(chunks, [self._wanted(share) for share in shares])
+            ran = self.runner.run(chunks, wanted, eager=eager)
         except Corrupted as error:
             return self._suspect(shares, error)
         return self._finish(shares, ran)
@@ -123,49 +167,44 @@ class Engine:
             if request.cached is None:
                 request.cached = request.held.position
 
-    def _wanted(self, share: Share) -> int:
-        """How many of the chunk's last tokens need logits: the newest and its drafts."""
-        return 1 + len(share.drafts) if share.samples else 0
-
     def _finish(self, shares: list[Share], ran: Ran) -> list[Event]:
         """Turn a step into events, make its tokens real, and guess what follows them."""
         events: list[Event] = []
         verified: list[Verified] = []
         start = 0
         for share, logits_NV in zip(shares, ran.rows, strict=True):
-            if isinstance(logits_NV, Corrupted):
-                events.append(self._fail(share.request, logits_NV))
+            try:
+                if isinstance(logits_NV, Corrupted):
+                    raise logits_NV
+                found, accepted = self._answers[share.request.identity].after(share, logits_NV)
+            except (Corrupted, ConstraintFailed) as error:
+                events.append(self._fail(share.request, error))
             else:
-                found, accepted = self._after(share, logits_NV)
                 events += found
-                over = bool(found) and isinstance(found[-1], Ended)
-                verified.append(Verified(share, start, accepted, ended=over))
+                self._generated += sum(isinstance(event, Sampled) for event in found)
+                ended = bool(found) and isinstance(found[-1], Ended)
+                verified.append(Verified(share, start, accepted, ended=ended))
             start += share.count + len(share.drafts)
         if self.drafting:
             # Before anything is real: the prediction head writes to lines that only this step holds.
             self.drafting.follow(verified, ran.hidden)
         for item in verified:
-            held = item.share.request.held
-            assert held is not None
-            self.runner.arena.advance(held, item.real)
-            if held.position >= item.share.request.alone:
-                item.share.request.alone = 0
-            if item.ended:
-                self._end(item.share.request)
+            self._advance(item)
         return events
 
-    def _after(self, share: Share, logits_NV: torch.Tensor) -> tuple[list[Event], int]:
-        """Return what one request's share of a step tells, and how many of its drafts are real."""
-        request = share.request
+    def _advance(self, item: Verified) -> None:
+        request = item.share.request
         assert request.held is not None
-        events: list[Event] = []
-        if not request.generated:
-            done = request.held.position + share.count
-            events.append(Stored(request.identity, done, len(request.prompt), request.cached or 0))
-        if not share.samples:
-            return events, 0
-        found, accepted = self._answers[request.identity].take(logits_NV, share.drafts)
-        return events + found, accepted
+        self._computed += item.real
+        self.runner.arena.advance(request.held, item.real)
+        if self.observer and item.share.samples:
+            self.observer.after_tokens(request.identity, request.tokens, len(request.prompt))
+        if request.held.position >= request.alone:
+            request.alone = 0
+        if item.ended:
+            self._end(request)
+        elif request.guess:
+            request.guess = self._answers[request.identity].sampler.allowed(request.guess)
 
     def _suspect(self, shares: list[Share], error: Corrupted) -> list[Event]:
         """After a step that failed as a whole, find out whose fault it was.
@@ -183,8 +222,10 @@ class Engine:
             self.schedule.again(request)
         return []
 
-    def _fail(self, request: Request, error: Corrupted) -> Failed:
-        self._end(request, suspect=True)
+    def _fail(self, request: Request, error: Corrupted | ConstraintFailed) -> Failed:
+        if self.observer and isinstance(error, Corrupted):
+            self.observer.fault(request.identity, error)
+        self._end(request, suspect=isinstance(error, Corrupted))
         return Failed(request.identity, error)
 
     def _end(self, request: Request, *, suspect: bool = False) -> None:
@@ -193,36 +234,34 @@ class Engine:
             self._memory.release(request, suspect=suspect)
             if self.drafting:
                 self.drafting.forget(request)
+            if self.observer:
+                self.observer.end(request.identity)
 
 
 class _Memory:
     """The arena as the schedule sees it."""
 
     def __init__(self, arena: Arena) -> None:
-        self.arena = arena
+        self.pages_for = arena.plan.pages_for
+        self.certain_limit = arena.certain_limit
+        self.draft_limit = arena.draft_limit
+        self._arena = arena
 
     @property
     def available_pages(self) -> int:
-        return self.arena.free_pages
+        return self._arena.available_pages
 
     def new_pages(self, request: Request) -> int:
-        return self.pages_for(len(request.tokens) + 1)
-
-    def pages_for(self, tokens: int) -> int:
-        return self.arena.plan.pages_for(tokens)
-
-    def certain_limit(self, sequence: Held) -> int:
-        return self.arena.plan.longest - sequence.position
-
-    def draft_limit(self, sequence: Held) -> int:
-        return self.arena.plan.drafts
+        return self._arena.new_pages(request.tokens, salt=request.salt)
 
     def open(self, request: Request) -> Held:
-        return self.arena.open()
+        # Log-probabilities of the prompt come from computing it.
+        reuse = request.params.prompt_logprobs is None or bool(request.generated)
+        return self._arena.open(request.tokens, salt=request.salt, reuse=reuse)
 
     def release(self, request: Request, *, suspect: bool = False) -> None:
         if request.held is not None:
-            self.arena.close(request.held)
+            self._arena.close(request.held, suspect=suspect)
             request.held = None
 
 
