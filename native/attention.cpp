@@ -370,16 +370,17 @@ class Attention {
   // One step of the online softmax of one row over one block: weights (times the values' scales) from scores.
   void soften(const Item& tile, int r, int64_t key, float* const* scores, const F32 (*factor)[2], const F32* unit,
               Partial& part, float* weights) const {
-    constexpr I32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    alignas(64) constexpr int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I32 count = load<I32>(counted);
     int64_t last = position(tile.sequence, tile.first + r), first = oldest(last);
     int32_t low = (int32_t)std::max<int64_t>(first - key, 0), high = (int32_t)std::min<int64_t>(last - key, KEYS - 1);
     F32 s[2];
     for (int i = 0; i < 2; i++) {
       s[i] = load<F32>(scores[0] + r * KEYS + i * LANES) * factor[0][i];
       if (a.fields > 1) s[i] = fma(load<F32>(scores[1] + r * KEYS + i * LANES), factor[1][i], s[i]);
-      I32 place = COUNT + all((int32_t)(i * LANES));
+      I32 place = count + all((int32_t)(i * LANES));
       // Chosen, not multiplied: what lies in unwritten lines may be NaN.
-      s[i] = (place >= all(low)) & (place <= all(high)) ? s[i] : all(-INFINITY);
+      s[i] = choose(more(all(low), place) | more(place, all(high)), all(-INFINITY), s[i]);
     }
     float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
     F32 relative = all(finite_or_zero(highest));
@@ -389,8 +390,8 @@ class Attention {
     part.highest[r] = highest;
     part.total[r] = part.total[r] * before + sum(p[0] + p[1]);
     for (int i = 0; i < 2; i++) {
-      I32 place = COUNT + all((int32_t)(i * LANES));
-      store(weights + r * KEYS + i * LANES, place <= all(high) ? p[i] * unit[i] : zero());
+      I32 place = count + all((int32_t)(i * LANES));
+      store(weights + r * KEYS + i * LANES, choose(more(place, all(high)), zero(), p[i] * unit[i]));
     }
     if (before != 1.0f)
       for (int i = 0; i < value.lanes; i += LANES) {

@@ -93,7 +93,7 @@ class Scripted:
         self.right = right
         self.count = count
 
-    def follow(self, verified: Sequence[Verified], hidden_TH: torch.Tensor) -> None:
+    def follow(self, verified: Sequence[Verified], _: torch.Tensor) -> None:
         for item in verified:
             request = item.share.request
             if item.share.samples and not item.ended:

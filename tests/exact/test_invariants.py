@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Final
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from exact.paths import DRAWN, GREEDY, PROMPTS, PUNISHED, TAKEN, Scripted, Watch, drawn
@@ -169,7 +169,7 @@ def test_memory_may_be_lost_after_any_step(stage: Stage) -> None:
         watch = Watch(engine, oracle)
         engine.drafting = Scripted(oracle, lambda request: len(request.generated) % 4)
 
-        def rob(requests: object, watch: Watch = watch, last: int = steps) -> None:
+        def rob(_: object, watch: Watch = watch, last: int = steps) -> None:
             if watch.counts["steps"] == last and not watch.counts["robbed"]:
                 watch.rob(began=False)
 
@@ -220,7 +220,7 @@ def hit_is_miss(stage: Stage, model: str, lengths: object) -> None:
     watch.settle(watch.serve([(known, short)], together=False), [(known, short)])
     hits: set[int] = set()
     for length in lengths:
-        wave = [(known[:length] + [(known[length - 1] + 1 + length) % 64, *drawn(2, length)], short)]
+        wave = [([*known[:length], (known[length - 1] + 1 + length) % 64, *drawn(2, length)], short)]
         requests = watch.serve(wave, together=False)
         watch.settle(requests, wave)
         hit = requests[0].cached or 0
@@ -340,7 +340,7 @@ def test_offsets_beyond_two_gibibytes() -> None:
     page_bytes = layer.data.shape[1]
     pages = (1 << 31) // page_bytes + 9
     # Unlike torch's, numpy's zeros cost no memory before they are written.
-    data = torch.from_numpy(numpy.zeros((pages, page_bytes), numpy.uint8))
+    data = torch.from_numpy(np.zeros((pages, page_bytes), np.uint8))
     layer.data, layer.stored = data, tuple(dataclasses.replace(stored, data=data) for stored in layer.stored)
     arena._free_pages = [pages - 1, pages - 2]
     held = arena.open()
