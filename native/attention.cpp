@@ -85,6 +85,9 @@ struct Partial {
   }
 };
 
+// Where lanes are NaN.
+INLINE auto no_number(F32 v) { return more((I32)v & all((int32_t)0x7fffffff), all((int32_t)0x7f800000)); }
+
 INLINE float finite_or_zero(float x) { return x == -INFINITY ? 0.0f : x; }
 INLINE float exp_of(float x) { return exp(all(x))[0]; }
 
@@ -385,7 +388,8 @@ class Attention {
     float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
     F32 relative = all(finite_or_zero(highest));
     // A key that is no number must not pass for one of no weight.
-    F32 p[2] = {s[0] == s[0] ? exp(s[0] - relative) : s[0], s[1] == s[1] ? exp(s[1] - relative) : s[1]};
+    F32 p[2];
+    for (int i = 0; i < 2; i++) p[i] = choose(no_number(s[i]), s[i], exp(s[i] - relative));
     float before = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
     part.highest[r] = highest;
     part.total[r] = part.total[r] * before + sum(p[0] + p[1]);

@@ -293,7 +293,7 @@ INLINE F32 widen_half(U16 a) {
   // The exponent's bias differs by 112; the product is exact, and subnormal numbers come out right.
   F32 size = (F32)((bits & 0x7FFF) << 13) * all(0x1p112f);
   // Infinity and NaN keep all bits of the exponent.
-  U32 endless = (U32)((bits & 0x7C00) == 0x7C00) & 0x7F800000;
+  U32 endless = (U32)more((I32)(bits & 0x7C00), all((int32_t)0x7BFF)) & 0x7F800000;
   return (F32)((U32)size | endless | ((bits & 0x8000) << 16));
 #endif
 }

@@ -171,21 +171,26 @@ class Watch:
                 requests.append(engine.add(prompt, params))
                 continue
             before(requests)
-            for event in engine.step():
-                if isinstance(event, Sampled):
-                    self.told.setdefault(event.request, []).append(event.token)
-            engine.runner.arena.check()
+            self.step()
             assert self.counts["steps"] < started + 400, "the engine runs on and on"
         return requests
 
-    def settle(self, requests: Sequence[Request], wave: Wave) -> None:
-        """Assert that all have ended with the right answers and given everything back."""
+    def step(self) -> None:
+        """Run one step; note what it told, and that every page is accounted for."""
+        for event in self.engine.step():
+            if isinstance(event, Sampled):
+                self.told.setdefault(event.request, []).append(event.token)
+        self.engine.runner.arena.check()
+
+    def settle(self, requests: Sequence[Request], wave: Wave, *, idle: bool = True) -> None:
+        """Assert that all have ended with the right answers and, where nobody is left, given everything back."""
         for request, (prompt, params) in zip(requests, wave, strict=True):
             answer = self.oracle.answer(prompt, params)
             assert request.generated == answer, f"request {request.identity}: other tokens"
             assert self.told[request.identity] == answer, f"request {request.identity}: tokens told twice or never"
             self.counts["cached"] += request.cached or 0
-        self.rest()
+        if idle:
+            self.rest()
 
     def rest(self) -> None:
         """Assert that everything came back."""

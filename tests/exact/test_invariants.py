@@ -1,4 +1,4 @@
-"""The invariants one by one, each as small as it can be and still fail: tests/mutants breaks the code for every one.
+"""The invariants of memory and of steps, each as small as it can be and still fail under its mutants.
 
 Every engine here runs on poisoned memory, and whatever becomes real is compared with the oracle: the logits of
 each position, the bytes stored for it, the state after it, and after each step that every page is accounted for.
@@ -10,26 +10,19 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import pytest
 import torch
 from exact.paths import DRAWN, GREEDY, PROMPTS, PUNISHED, TAKEN, Scripted, Watch, drawn
-from memory.toys import Toy, gqa, make_arena, random_tokens
 
-from truekv import SamplingParams
 from truekv.core.batch import Chunk
-from truekv.engine.events import Stored as StoredEvent
-from truekv.engine.tokens import StopStrings
-from truekv.formats.choice import codecs
 from truekv.kernels.native.library import library
-from truekv.kernels.reference.paged import planes
-from truekv.memory.pages import PagedLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from exact.paths import Wave
     from exact.stage import Stage
 
-    from truekv.core.protocols import Stored
     from truekv.engine.request import Request
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native library is not built")
@@ -211,7 +204,7 @@ def test_a_hit_is_a_miss_at_each_and_every_length(stage: Stage, model: str) -> N
     hit_is_miss(stage, model, range(1, 72))
 
 
-def hit_is_miss(stage: Stage, model: str, lengths: object) -> None:
+def hit_is_miss(stage: Stage, model: str, lengths: Iterable[int]) -> None:
     """Prompts that share their first tokens with one that was served, for each number of shared tokens."""
     known = drawn(72, 5)
     short = dataclasses.replace(GREEDY, max_tokens=2)
@@ -274,161 +267,3 @@ def test_what_was_not_committed_is_not_published(stage: Stage) -> None:
             held = arena.open(tokens)
             assert held.position == 64
             arena.close(held)
-
-
-def test_rows_come_back_within_their_bound(stage: Stage) -> None:
-    """Through arena and native kernels, in frames that differ in every layer and channel, outliers included."""
-    for model, cache_format in (("mla", "fp8"), ("dense", "int8"), ("dense", "kv4")):
-        llm = stage.llm(model, frozenset(), cache_format)
-        arena, measured = llm._engine.runner.arena, llm._blueprint.frames
-        tokens = drawn(40, 3)
-        held = arena.open(tokens)
-        step = arena.reserve([Chunk(held, tokens)])
-        make = torch.Generator().manual_seed(2)
-        for index, layer in enumerate(arena.layers):
-            assert isinstance(layer, PagedLayer)
-            rows: list[torch.Tensor] = []
-            for stored in layer.stored:
-                frame = measured[index, stored.field.name]
-                row = torch.randn(len(tokens), stored.field.heads, stored.field.dim, generator=make)
-                row[:, :, 5] *= 100 if cache_format != "fp8" else 1
-                rows.append(row * frame.scale + frame.centre)
-            queries = tuple(torch.zeros(len(tokens), 4, item.field.dim) for item in layer.stored if scored(item))
-            layer.attend(queries, tuple(rows), 1.0, step)
-            for stored, row in zip(layer.stored, rows, strict=True):
-                frame = dataclasses.replace(measured[index, stored.field.name], rotated=stored.format.rotated)
-                lines = [plane[held.pages].transpose(1, 2).flatten(0, 1)[: len(tokens)] for plane in planes(stored)]
-                decoded = stored.format.decode(torch.cat(lines, -1), stored.field.dim)
-                framed = frame.rows(row)
-                assert bool(((decoded - framed).abs() <= stored.format.bound(framed) * 1.001 + 1e-5).all()), (
-                    f"{model}, {cache_format}: layer {index}, {stored.field.name}"
-                )
-
-
-def scored(stored: Stored) -> bool:
-    return stored.field.role != "value"
-
-
-def test_codes_of_a_row_and_of_its_negative_are_opposite() -> None:
-    rows = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-    for name in ("kv4", "kv3"):
-        codec = codecs()[name]
-        assert torch.equal(codec.decode(codec.encode(-rows), 64), -codec.decode(codec.encode(rows), 64))
-
-
-def test_a_window_sees_exactly_its_tokens() -> None:
-    toy = Toy((gqa(2, 16, window=5),))
-    tokens = random_tokens(40)
-    arena = make_arena(toy.layers, "f32", max_num_seqs=1)
-    got = toy.feed(arena, arena.open(), tokens)
-    table = toy.tables[0]
-    q, k, v = (table[name][tokens].double() for name in ("q.k", "k", "v"))
-    score = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.3
-    place = torch.arange(len(tokens))
-    seen = (place[None] <= place[:, None]) & (place[None] > place[:, None] - 5)
-    weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
-    expected = torch.einsum("hqk,khd->qhd", weight, v.repeat_interleave(2, 1)).flatten(1)
-    assert (got - expected).abs().max() < 1e-5
-
-
-def test_offsets_beyond_two_gibibytes() -> None:
-    toy = Toy((gqa(2, 64),))
-    tokens = random_tokens(40)
-    arena = make_arena(toy.layers, "f32", poison=False, max_num_seqs=1)
-    (layer,) = arena.layers
-    assert isinstance(layer, PagedLayer)
-    page_bytes = layer.data.shape[1]
-    pages = (1 << 31) // page_bytes + 9
-    # Unlike torch's, numpy's zeros cost no memory before they are written.
-    data = torch.from_numpy(np.zeros((pages, page_bytes), np.uint8))
-    layer.data, layer.stored = data, tuple(dataclasses.replace(stored, data=data) for stored in layer.stored)
-    arena._free_pages = [pages - 1, pages - 2]
-    held = arena.open()
-    got = toy.feed(arena, held, tokens)
-    assert min(held.pages) * page_bytes > 1 << 31
-    assert torch.equal(got, toy.plain(tuple(tokens)))
-
-
-def test_a_stop_string_is_found_wherever_tokens_divide_it() -> None:
-    text, stop = "so it goes, and so it ends", "so it e"
-    for size in range(1, len(text)):
-        stops = StopStrings([stop])
-        shown, met = "", False
-        for start in range(0, len(text), size):
-            part, met = stops.push(text[start : start + size])
-            shown += part
-            if met:
-                break
-        assert met
-        assert shown == text[: text.index(stop)]
-
-
-def test_logprobs_are_the_models_whatever_the_temperature(stage: Stage) -> None:
-    llm, oracle = stage.llm("dense", frozenset({"drafted"})), stage.oracle("dense")
-    params = SamplingParams(max_tokens=6, temperature=2.0, seed=3, logprobs=2, ignore_eos=True)
-    prompt = drawn(9, 4)
-    result = llm.generate(prompt, params)[0]
-    assert result.logprobs is not None
-    assert result.tokens == oracle.answer(prompt, params)
-    for place, position in enumerate(result.logprobs):
-        expected = torch.log_softmax(oracle.look(prompt + result.tokens[:place]).logits[-1], 0)
-        assert position.chosen.logprob == pytest.approx(float(expected[result.tokens[place]]), abs=1e-6)
-        assert position.top[0].logprob == pytest.approx(float(expected.max()), abs=1e-6)
-
-
-def test_prompt_logprobs_are_complete_whatever_is_cached_or_lost(stage: Stage) -> None:
-    oracle, engine = stage.oracle("dense"), stage.llm("dense", frozenset({"prefix", "batched", "chunked"}))._engine
-    watch = Watch(engine, oracle)
-    prompt = drawn(70, 4)
-    params = dataclasses.replace(GREEDY, prompt_logprobs=1, max_tokens=4)
-    expected = torch.log_softmax(oracle.look(prompt).logits, -1)
-    for lose in (False, True):
-        request = engine.add(prompt, params)
-        told: list[float] = []
-        steps = watch.counts["steps"]
-        while engine._answers:
-            if lose and watch.counts["steps"] == steps + 1 and not watch.counts["robbed"]:
-                watch.rob(began=False)
-            for event in engine.step():
-                if isinstance(event, StoredEvent):
-                    told += [item.logprob for item in event.logprobs]
-        assert request.generated == oracle.answer(prompt, params)
-        assert told == pytest.approx([float(expected[place - 1, prompt[place]]) for place in range(1, 70)], abs=1e-6)
-    assert watch.counts["robbed"] == 1
-
-
-def test_a_lower_priority_number_goes_first(stage: Stage) -> None:
-    engine = stage.llm("dense", frozenset())._engine
-    short = dataclasses.replace(GREEDY, max_tokens=2)
-    requests = [engine.add(drawn(5, place), short, priority=priority) for place, priority in enumerate((3, 1, 2))]
-    ended: list[int] = []
-    while engine._answers:
-        engine.step()
-        ended += [item.identity for item in requests if not item.remaining and item.identity not in ended]
-    assert ended == [1, 2, 0]
-
-
-def test_nobody_waits_for_ever(stage: Stage) -> None:
-    engine = stage.llm("dense", frozenset())._engine
-    short = dataclasses.replace(GREEDY, max_tokens=1)
-    late = engine.add([1], short, priority=1)
-    steps = 0
-    while late.remaining:
-        while len(engine.schedule.waiting) + len(engine.schedule.running) < 3:
-            engine.add([2], short)
-        engine.step()
-        steps += 1
-        assert steps < 600, "a request of a lower priority starves"
-    assert steps > 100
-    for request in [*engine.schedule.waiting, *engine.schedule.running]:
-        engine.abort(request)
-
-
-def test_the_same_seed_gives_the_same_tokens_in_any_company(stage: Stage) -> None:
-    llm, oracle = stage.llm("dense", frozenset({"batched"})), stage.oracle("dense")
-    params = SamplingParams(max_tokens=6, temperature=1.5, seed=3, ignore_eos=True)
-    others = [dataclasses.replace(params, seed=seed) for seed in (5, 6)]
-    prompt = drawn(9, 4)
-    answers = llm.generate([drawn(4, 1), prompt, drawn(5, 2), prompt], [others[0], params, others[1], params])
-    assert answers[1].tokens == answers[3].tokens == oracle.answer(prompt, params)
-    assert answers[0].tokens == oracle.answer(drawn(4, 1), others[0])

@@ -7,7 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from exact import test_invariants as tests
+from exact import test_answers, test_invariants, test_rows
 from mutants.mutant import Mutant, Patch
 
 from truekv.engine import answer as answer_module
@@ -171,97 +171,97 @@ MUTANTS: Final = (
     Mutant(
         "page tail over-read",
         "attention reads one line beyond the last token",
-        tests.test_one_request_after_the_other_starts_from_nothing,
+        test_invariants.test_one_request_after_the_other_starts_from_nothing,
         tail_over_read,
     ),
     Mutant(
         "capture bakes a length",
         "a captured step attends to as many tokens as when it was recorded",
-        tests.test_a_replayed_step_computes_with_its_own_contents,
+        test_invariants.test_a_replayed_step_computes_with_its_own_contents,
         length_baked,
     ),
     Mutant(
         "stale padded rows",
         "rows of the step before stay in a captured step where the next one has fewer",
-        tests.test_a_replayed_step_computes_with_its_own_contents,
+        test_invariants.test_a_replayed_step_computes_with_its_own_contents,
         padding_stale,
     ),
     Mutant(
         "window off by one",
         "a sliding window is one token too wide",
-        tests.test_a_window_sees_exactly_its_tokens,
+        test_rows.test_a_window_sees_exactly_its_tokens,
         window_one_too_wide,
     ),
     Mutant(
         "codebook not antisymmetric",
         "the lowest level is one further from zero than the highest",
-        tests.test_codes_of_a_row_and_of_its_negative_are_opposite,
+        test_rows.test_codes_of_a_row_and_of_its_negative_are_opposite,
         lopsided_codebook,
     ),
     Mutant(
         "draw depends on the batch",
         "the number drawn for a token depends on how many were drawn before, by anyone",
-        tests.test_the_same_seed_gives_the_same_tokens_in_any_company,
+        test_answers.test_the_same_seed_gives_the_same_tokens_in_any_company,
         draw_of_the_call,
     ),
     Mutant(
         "another seed after preemption",
         "a request that lost its memory goes on with another seed",
-        tests.test_memory_may_be_lost_after_any_step,
+        test_invariants.test_memory_may_be_lost_after_any_step,
         another_seed_after_preemption,
     ),
     Mutant(
         "answer lost in preemption",
         "a request that loses its memory loses what it had generated",
-        tests.test_whoever_loses_memory_goes_on_as_if_nothing_had_happened,
+        test_invariants.test_whoever_loses_memory_goes_on_as_if_nothing_had_happened,
         answer_lost_in_preemption,
     ),
     Mutant(
         "memory of ended requests kept",
         "an ended or aborted request keeps its pages and its slot",
-        tests.test_a_request_may_be_aborted_after_any_step,
+        test_invariants.test_a_request_may_be_aborted_after_any_step,
         memory_of_ended_kept,
     ),
     Mutant(
         "likeliest draft accepted",
         "a sampled request accepts a draft that is the most likely token, whatever was sampled",
-        tests.test_drafts_change_no_sampled_token,
+        test_invariants.test_drafts_change_no_sampled_token,
         likeliest_draft_accepted,
     ),
     Mutant(
         "rejected drafts punished",
         "rejected drafts count as said when repetition is penalised",
-        tests.test_drafts_change_no_sampled_token,
+        test_invariants.test_drafts_change_no_sampled_token,
         rejected_drafts_punished,
     ),
     Mutant(
         "bonus of the row before",
         "the token after accepted drafts is drawn from the logits before the last draft",
-        tests.test_drafts_change_no_sampled_token,
+        test_invariants.test_drafts_change_no_sampled_token,
         bonus_of_the_row_before,
     ),
     Mutant(
         "stop string missed across tokens",
         "nothing is held back that may become a stop string",
-        tests.test_a_stop_string_is_found_wherever_tokens_divide_it,
+        test_answers.test_a_stop_string_is_found_wherever_tokens_divide_it,
         lambda: [Patch(tokens_module, "_overlap", lambda text, stop: 0)],
     ),
     Mutant(
         "logprobs after temperature",
         "log-probabilities are those after temperature",
-        tests.test_logprobs_are_the_models_whatever_the_temperature,
+        test_answers.test_logprobs_are_the_models_whatever_the_temperature,
         logprobs_after_temperature,
     ),
     Mutant(
         "priority inverted",
         "higher priority numbers go first",
-        tests.test_a_lower_priority_number_goes_first,
+        test_answers.test_a_lower_priority_number_goes_first,
         priority_inverted,
     ),
     Mutant(
         "starvation",
         "waiting is worth nothing",
-        tests.test_nobody_waits_for_ever,
+        test_answers.test_nobody_waits_for_ever,
         lambda: [Patch(schedule_module, "AGEING", 1 << 40)],
     ),
 )

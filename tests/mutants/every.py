@@ -2,6 +2,6 @@
 
 from typing import Final
 
-from mutants import engine, memory
+from mutants import engine, layers, memory
 
-MUTANTS: Final = tuple(sorted((*memory.MUTANTS, *engine.MUTANTS), key=lambda mutant: mutant.test_name))
+MUTANTS: Final = tuple(sorted((*memory.MUTANTS, *layers.MUTANTS, *engine.MUTANTS), key=lambda mutant: mutant.test_name))
