@@ -11,8 +11,8 @@ struct Store {
   Stored field;
   const void* rows;  // [tokens, heads, dim], with these strides in numbers
   int64_t tokens, token_stride, head_stride;
-  const int64_t *page, *line;  // [tokens]
-  int64_t* broken;             // out: how many rows are not finite; if any, nothing was stored
+  const int64_t *page, *line;  // [tokens]; a line below zero: nothing is stored
+  int64_t* broken;             // out: how many rows are not finite; they are stored as NaN, so that whoever reads them knows
   int32_t bf16, unused;
 };
 
@@ -231,25 +231,25 @@ void store_rows(const Store& a) {
   const Stored& field = a.field;
   const int64_t rows = a.tokens * field.heads;
   const Shape shape(field.code, field.dim);
-  std::unique_ptr<float[]> framed(new float[rows * field.dim]);
   int64_t broken = 0;
 #pragma omp parallel for schedule(static) reduction(+ : broken) if (rows > 64)
   for (int64_t row = 0; row < rows; row++) {
     int64_t token = row / field.heads, head = row % field.heads;
-    float* x = framed.get() + row * field.dim;
+    if (a.line[token] < 0) continue;
+    alignas(64) float x[LONGEST];
+    uint8_t* codes = head_in_page(field, a.page[token], head) + a.line[token] * shape.bytes;
+    uint8_t* scale = head_in_page(field, a.page[token], head) + field.page_tokens * shape.bytes + a.line[token] * 2;
     read_row(a.rows, a.bf16, token * a.token_stride + head * a.head_stride, field.dim, x);
     into_frame(field, head, x);
-    broken += !finite(x, field.dim);
+    if (finite(x, field.dim)) {
+      encode(field.code, x, shape, codes, scale);
+    } else {
+      broken++;
+      memset(codes, 0xFF, shape.bytes);
+      if (shape.scaled) memset(scale, 0xFF, 2);
+    }
   }
   *a.broken = broken;
-  if (broken) return;
-#pragma omp parallel for schedule(static) if (rows > 64)
-  for (int64_t row = 0; row < rows; row++) {
-    int64_t token = row / field.heads;
-    uint8_t* page = head_in_page(field, a.page[token], row % field.heads);
-    encode(field.code, framed.get() + row * field.dim, shape, page + a.line[token] * shape.bytes,
-           page + field.page_tokens * shape.bytes + a.line[token] * 2);
-  }
 }
 
 }  // namespace

@@ -179,6 +179,7 @@ void key_head_scan(const Gdn& a, int64_t index, int64_t key_head, Workspace& w) 
 // Key heads of one row are dealt out in turn, so a long prompt among short rows is everybody's work.
 template <class T>
 void gdn(const Gdn& a) {
+  clear_padding(a.step, a.heads * a.value_dim, a.out);
   const bool worthwhile = a.step.tokens * a.heads * a.key_dim * a.value_dim > 1 << 15;
 #pragma omp parallel if (worthwhile)
   {

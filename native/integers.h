@@ -227,7 +227,10 @@ INLINE void write_weights(const float* weights, uint8_t* to) {
     for (int d = 0; d < DIGITS; d++)
       _mm_storeu_si128((__m128i*)(to + d * KEYS + half * LANES), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8 * d)));
   }
-  float unit = most / LARGEST_WEIGHT_DIGITS;
+  // No digit stands for NaN: a value's scale that is none must spoil the row, not turn into some number.
+  const bool sound = !(_mm512_cmp_ps_mask((__m512)w[0], (__m512)w[0], _CMP_UNORD_Q) |
+                       _mm512_cmp_ps_mask((__m512)w[1], (__m512)w[1], _CMP_UNORD_Q));
+  float unit = sound ? most / LARGEST_WEIGHT_DIGITS : NAN;
   memcpy(to + DIGITS * KEYS, &unit, sizeof unit);
 }
 

@@ -112,6 +112,7 @@ void heads_scan(const Mamba2& a, const Row<T>& row, int64_t from, int64_t to, Wo
 
 template <class T>
 void mamba2(const Mamba2& a) {
+  clear_padding(a.step, a.heads * a.head_dim, a.out);
   const bool worthwhile = a.step.tokens * a.heads * a.head_dim * a.size > 1 << 15;
   const int64_t group = a.heads / a.groups, parts = (group + HEADS - 1) / HEADS;
 #pragma omp parallel if (worthwhile)

@@ -55,6 +55,51 @@ def save_hybrid(directory: Path) -> Path:
     return _save(config, directory)
 
 
+def save_mamba(directory: Path) -> Path:
+    """Save a three-layer granitemoehybrid: Mamba-2, attention and Mamba-2, each with a few experts."""
+    config = {
+        "model_type": "granitemoehybrid",
+        **_SHAPE,
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "mamba_d_conv": 4,
+        "shared_intermediate_size": 48,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "residual_multiplier": 0.4,
+    }
+    return _save(config, directory)
+
+
+def save_latent(directory: Path) -> Path:
+    """Save a two-layer deepseek_v3: latent attention, the second layer with experts."""
+    config = {
+        "model_type": "deepseek_v3",
+        **_SHAPE,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 48,
+        "q_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+    }
+    del config["head_dim"]
+    return _save(config, directory)
+
+
 def _save(config: dict[str, Any], directory: Path) -> Path:
     """Write a config and random weights of the names and shapes that its family reads."""
     import torch

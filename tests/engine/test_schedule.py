@@ -1,4 +1,9 @@
+"""The schedule alone, on a pretended memory."""
+
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -6,97 +11,258 @@ from hypothesis import strategies as st
 
 from truekv import Refused, SamplingParams
 from truekv.core.batch import Sequence
-from truekv.engine.schedule import Request, Schedule
+from truekv.engine.request import Request
+from truekv.engine.schedule import AGEING, PATIENCE, Schedule, Share
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE = 16
 
 
-def request(identity: int, prompt: int, limit: int) -> Request:
+@dataclass
+class Pretended:
+    """Pages that are counted and hold nothing."""
+
+    free: int
+    draft_limits: dict[int, int] = field(default_factory=dict[int, int])
+    stop_every: int = 1 << 20
+
+    @property
+    def available_pages(self) -> int:
+        return self.free
+
+    def new_pages(self, request: Request) -> int:
+        return self.pages_for(len(request.tokens) + 1)
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // PAGE)
+
+    def certain_limit(self, sequence: Sequence) -> int:
+        return self.stop_every - sequence.position % self.stop_every
+
+    def draft_limit(self, sequence: Sequence) -> int:
+        return self.draft_limits.get(id(sequence), 1 << 20)
+
+    def release(self, request: Request) -> None:
+        assert request.held is not None
+        self.free += len(request.held.pages)
+        request.held = None
+
+    def store(self, share: Share, accepted: int) -> None:
+        """Do what a step does: take the pages of all lines, give back those beyond the real tokens."""
+        held = share.request.held
+        assert held is not None
+        missing = self.pages_for(held.position + share.lines) - len(held.pages)
+        self.free -= max(0, missing)
+        assert self.free >= 0
+        held.pages += [0] * missing
+        held.position += share.count + accepted
+        kept = self.pages_for(held.position)
+        self.free += len(held.pages) - kept
+        del held.pages[kept:]
+
+
+def request(identity: int, prompt: int, limit: int, priority: int = 0) -> Request:
     tokens = list(range(prompt))
-    return Request(identity, tuple(tokens), SamplingParams(max_tokens=limit), limit, tokens)
+    return Request(identity, tuple(tokens), SamplingParams(max_tokens=limit), limit, priority, tokens=tokens)
 
 
-def play(schedule: Schedule, requests: list[Request]) -> list[dict[int, int]]:
-    """Run all requests to their full length on a pretended memory; returns {request: tokens} of each step."""
-    for item in requests:
-        schedule.add(item)
-    steps: list[dict[int, int]] = []
-    while schedule.running or schedule.waiting:
-        for item in schedule.admit():
-            item.held = Sequence()
-        shares = schedule.shares()
-        held = sum(-(-item.most_tokens // schedule.page_tokens) for item in schedule.running)
-        assert held <= schedule.pages
-        assert len(schedule.running) <= schedule.sequences
-        assert 0 < sum(share.count for share in shares) <= schedule.step_tokens
+def schedule(pages: int = 100, sequences: int = 3, step_tokens: int = 64, draft_room: int = 0) -> Schedule:
+    return Schedule(pages=pages, page_tokens=PAGE, sequences=sequences, step_tokens=step_tokens, draft_room=draft_room)
+
+
+def admit(engine: Schedule, memory: Pretended) -> list[int]:
+    admitted: list[int] = []
+    while item := engine.admit(memory):
+        item.held = Sequence()
+        admitted.append(item.identity)
+    return admitted
+
+
+def turns(engine: Schedule, memory: Pretended, accept: int = 0) -> Iterator[dict[int, int]]:
+    """Yield {request: certain tokens} of each step until all have ended; `accept` of the drafts are right."""
+    while engine.running or engine.waiting:
+        admit(engine, memory)
+        shares = engine.shares(memory)
+        assert len(engine.running) <= engine.sequences
+        assert 0 < sum(share.count + len(share.drafts) for share in shares) <= engine.step_tokens
         assert len({share.request.identity for share in shares}) == len(shares)
-        steps.append({share.request.identity: share.count for share in shares})
+        yield {share.request.identity: share.count for share in shares}
         for share in shares:
-            assert share.request.held is not None
-            share.request.held.position += share.count
-            assert share.samples == (share.request.pending == 0)
+            item = share.request
+            pending = item.pending
+            good = min(accept, len(share.drafts))
+            memory.store(share, good)
+            assert share.samples == (share.count == pending)
+            assert not share.drafts or share.samples
             if share.samples:
-                share.request.tokens.append(0)
-                if len(share.request.generated) == share.request.limit:
-                    assert share.request.held.position == share.request.most_tokens
-                    schedule.end(share.request)
-    return steps
+                item.tokens += [0] * (good + 1)
+                assert len(item.generated) <= item.limit
+                if not item.remaining:
+                    memory.release(item)
+                    engine.end(item)
+    assert memory.free == engine.pages
+
+
+def play(engine: Schedule, requests: list[Request], memory: Pretended | None = None) -> list[dict[int, int]]:
+    for item in requests:
+        engine.add(item)
+    return list(turns(engine, memory or Pretended(engine.pages)))
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12), st.integers(-1, 1)), min_size=1, max_size=8),
     st.integers(4, 12),
     st.integers(1, 4),
     st.integers(1, 30),
+    st.integers(0, 3),
+    st.integers(0, 2),
+    st.sampled_from((5, 16, 1 << 20)),
 )
-def test_every_request_ends_and_no_step_takes_more_than_there_is(
-    sizes: list[tuple[int, int]], pages: int, sequences: int, step_tokens: int
+def test_every_request_ends_whatever_memory_and_budget(
+    sizes: list[tuple[int, int, int]],
+    pages: int,
+    sequences: int,
+    step_tokens: int,
+    guesses: int,
+    room: int,
+    stop_every: int,
 ) -> None:
-    schedule = Schedule(pages=pages, page_tokens=16, sequences=sequences, step_tokens=step_tokens)
+    engine = schedule(pages, sequences, step_tokens, room)
     requests = [request(index, *size) for index, size in enumerate(sizes)]
-    steps = play(schedule, requests)
-    assert [len(item.generated) for item in requests] == [limit for _, limit in sizes]
     for item in requests:
-        assert sum(step.get(item.identity, 0) for step in steps) == item.most_tokens
+        item.guess = [0] * guesses
+        engine.add(item)
+    for count, _ in enumerate(turns(engine, Pretended(pages, stop_every=stop_every), accept=2)):
+        assert count < 20_000
+    assert [len(item.generated) for item in requests] == [limit for _, limit, _ in sizes]
 
 
 def test_a_long_prompt_does_not_stall_an_answer_under_way() -> None:
-    schedule = Schedule(pages=100, page_tokens=16, sequences=2, step_tokens=8)
-    steps = play(schedule, [request(0, 4, 20), request(1, 60, 2)])
+    steps = play(schedule(sequences=2, step_tokens=8), [request(0, 4, 20), request(1, 60, 2)])
     assert steps[0] == {0: 4, 1: 4}
     # Request 0 gets its token in every step while the other's prompt is stored with what is left.
     assert steps[1:9] == [{0: 1, 1: 7}] * 8
 
 
 def test_an_answer_under_way_goes_before_an_earlier_prompt() -> None:
-    schedule = Schedule(pages=100, page_tokens=16, sequences=2, step_tokens=8)
-    steps = play(schedule, [request(0, 60, 2), request(1, 1, 20)])
+    steps = play(schedule(sequences=2, step_tokens=8), [request(0, 60, 2), request(1, 1, 20)])
     assert steps[:8] == [{1: 1, 0: 7}] * 8
 
 
+def test_a_prompt_starves_no_longer_than_patience_lasts() -> None:
+    # Three answers take all of a step of three tokens, yet the prompt is stored.
+    requests = [request(index, 1, 200) for index in range(3)]
+    steps = play(schedule(sequences=4, step_tokens=3), [*requests, request(3, 9, 1)])
+    first = next(index for index, step in enumerate(steps) if 3 in step)
+    assert first <= PATIENCE + 2
+
+
 def test_first_come_is_first_served_even_if_a_later_one_would_fit() -> None:
-    schedule = Schedule(pages=4, page_tokens=16, sequences=3, step_tokens=64)
+    engine, memory = schedule(pages=4), Pretended(4)
     for item in (request(0, 20, 10), request(1, 50, 10), request(2, 1, 1)):
-        schedule.add(item)
-    assert [item.identity for item in schedule.admit()] == [0]
-    assert schedule.admit() == []
+        engine.add(item)
+    assert admit(engine, memory) == [0]
+
+
+def test_priority_decides_who_enters_and_whose_memory_is_taken() -> None:
+    engine, memory = schedule(pages=5, sequences=2), Pretended(5)
+    for item in (request(0, 20, 30), request(1, 20, 30, priority=-1), request(2, 20, 30, priority=-2)):
+        engine.add(item)
+    seen = list(turns(engine, memory))
+    assert set(seen[0]) == {1, 2}
+    assert engine.preemptions > 0
+    ends = [max(index for index, step in enumerate(seen) if identity in step) for identity in range(3)]
+    assert ends[2] < ends[1] < ends[0]
+
+
+def test_whoever_waits_long_enough_goes_first() -> None:
+    engine, memory = schedule(pages=8, sequences=1), Pretended(8)
+    low = request(0, 4, 4, priority=1)
+    engine.add(low)
+    engine.add(request(1, 4, 4))
+    identity, steps = 2, 0
+    running = turns(engine, memory)
+    while low.remaining:
+        next(running)
+        steps += 1
+        # There is always another one of a higher priority.
+        if len(engine.waiting) < 2:
+            engine.add(request(identity, 4, 4))
+            identity += 1
+        assert steps < 2 * AGEING
+    assert steps > AGEING // 2
+
+
+def test_when_pages_run_out_the_last_one_computes_again() -> None:
+    engine, memory = schedule(pages=4, sequences=2), Pretended(4)
+    requests = [request(0, 16, 33), request(1, 16, 33)]
+    steps = play(engine, requests, memory)
+    assert engine.preemptions == 1
+    # It stores its own answer so far once more, in one step, and is sampled from at its end.
+    assert any(step.get(1, 0) > 16 for step in steps)
+    # The first one took part in every step until it ended.
+    assert all(0 in step for step in steps[:33])
+
+
+def test_guesses_give_way_before_anybody_loses_memory() -> None:
+    engine, memory = schedule(pages=3, sequences=2, draft_room=2), Pretended(3)
+    requests = [request(0, 15, 8), request(1, 15, 8)]
+    for item in requests:
+        item.guess = [0, 0, 0, 0]
+        engine.add(item)
+    assert admit(engine, memory) == [0, 1]
+    for share in engine.shares(memory):
+        memory.store(share, 0)
+        share.request.tokens.append(0)
+    first, second = engine.shares(memory)
+    # A page is left for the guesses of one; the other goes on without.
+    assert (first.count, first.drafts, first.room) == (1, [0] * 4, 2)
+    assert (second.count, second.drafts, second.room) == (1, [], 0)
+    assert engine.preemptions == 0
+
+
+def test_guesses_never_exceed_the_answer_the_budget_or_a_boundary() -> None:
+    engine, memory = schedule(sequences=2, step_tokens=6), Pretended(100)
+    first, second = request(0, 1, 30), request(1, 1, 3)
+    for item in (first, second):
+        item.guess = [0] * 9
+        engine.add(item)
+    admit(engine, memory)
+    shares = {share.request.identity: share for share in engine.shares(memory)}
+    # One token of each, four more of budget; the later one may still generate three.
+    assert len(shares[0].drafts) == 4
+    assert len(shares[1].drafts) == 0
+    assert first.held is not None
+    memory.draft_limits[id(first.held)] = 1
+    shares = {share.request.identity: share for share in engine.shares(memory)}
+    assert len(shares[0].drafts) == 1
+    assert len(shares[1].drafts) == 2
+
+
+def test_a_chunk_ends_where_a_state_is_to_be_kept() -> None:
+    engine, memory = schedule(sequences=1, step_tokens=64), Pretended(100, stop_every=48)
+    steps = play(engine, [request(0, 100, 1)], memory)
+    assert [step[0] for step in steps] == [48, 48, 4]
 
 
 def test_what_can_never_run_is_refused_with_numbers() -> None:
-    schedule = Schedule(pages=2, page_tokens=16, sequences=1, step_tokens=8)
-    schedule.add(request(0, 30, 3))
+    engine = schedule(pages=2, sequences=1)
+    engine.add(request(0, 30, 3))
     with pytest.raises(Refused, match=r"needs 33 tokens of KV cache \(3 pages\), but the cache has 2 pages of 16"):
-        schedule.add(request(1, 30, 4))
+        engine.add(request(1, 30, 4))
 
 
 def test_a_suspect_runs_alone() -> None:
-    schedule = Schedule(pages=20, page_tokens=16, sequences=3, step_tokens=64)
+    engine, memory = schedule(pages=20), Pretended(20)
     requests = [request(index, 5, 4) for index in range(3)]
     for item in requests:
-        schedule.add(item)
-    for item in schedule.admit():
-        item.held = Sequence()
+        engine.add(item)
+    admit(engine, memory)
     requests[1].alone = requests[2].alone = 5
-    assert [share.request.identity for share in schedule.shares()] == [1]
+    assert [share.request.identity for share in engine.shares(memory)] == [1]
     requests[1].alone = 0
-    assert [share.request.identity for share in schedule.shares()] == [2]
+    assert [share.request.identity for share in engine.shares(memory)] == [2]
     requests[2].alone = 0
-    assert len(schedule.shares()) == 3
+    assert len(engine.shares(memory)) == 3

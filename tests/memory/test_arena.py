@@ -384,10 +384,10 @@ def test_accounting_notices_a_lost_page_and_a_page_held_twice() -> None:
     sequence = arena.open()
     arena.reserve([Chunk(sequence, [1] * 40)])
     lost = arena._free_pages.pop()
-    with pytest.raises(Corrupted, match="pages are free or held"):
+    with pytest.raises(Corrupted, match="pages are free, held or cached"):
         arena.check()
     arena._free_pages += [lost, sequence.pages[0]]
-    with pytest.raises(Corrupted, match="pages are free or held"):
+    with pytest.raises(Corrupted, match="pages are free, held or cached"):
         arena.check()
 
 
@@ -420,6 +420,7 @@ def test_what_is_allocated_is_what_was_planned(name: str, drafts: int, dtype: st
         drafts=drafts,
         dtype=dtype,
         draft_formats=draft_formats if drafts else None,
+        checkpoints=2 * drafts,
     )
     arena = Arena(spec, planned, select(spec, formats, draft_formats))
     assert arena.nbytes == planned.total_bytes

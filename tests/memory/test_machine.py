@@ -121,5 +121,5 @@ class Schedules(RuleBasedStateMachine):
 
 TestSchedules = Schedules.TestCase
 TestSchedules.settings = settings(
-    max_examples=200, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
 )

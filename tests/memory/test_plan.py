@@ -81,6 +81,42 @@ def test_without_a_budget_the_plan_takes_what_was_asked_for() -> None:
     assert planned.total_bytes == 3 * planned.state_bytes_per_sequence + 96 * planned.page_bytes
 
 
+def test_saved_states_have_a_place_of_their_own_when_asked_for() -> None:
+    without, planned = qwen(memory=1 << 30, max_num_seqs=4), qwen(memory=1 << 30, max_num_seqs=4, checkpoints=6)
+    assert without.checkpoints == 0
+    assert planned.checkpoint_bytes == planned.state_bytes_per_sequence == without.state_bytes_per_sequence
+    assert planned.pages == ((1 << 30) - 10 * planned.checkpoint_bytes) // planned.page_bytes
+    assert planned.bytes_for_prompt(10) == without.bytes_for_prompt(10)
+    # Drafts are logged for sequences only.
+    drafted = qwen(max_num_seqs=2, max_model_len=64, drafts=3, checkpoints=5)
+    assert drafted.checkpoint_bytes == planned.checkpoint_bytes < drafted.state_bytes_per_sequence
+    states = 2 * drafted.state_bytes_per_sequence + 5 * drafted.checkpoint_bytes
+    assert drafted.total_bytes == 4 * drafted.page_bytes + states
+
+
+@pytest.mark.parametrize(
+    ("memory", "sequences", "expected"),
+    [
+        (None, 1, 10),
+        (None, 4, 16),
+        (16 << 30, 4, 16),  # all that it wants
+        (800 * MIB, 2, 5),  # an eighth
+        (100 * MIB, 2, 2),  # one each, which is more than an eighth
+        (60 * MIB, 2, 1),  # what the sequences leave
+        (40 * MIB, 2, 0),
+    ],
+)
+def test_saved_states_take_what_is_worth_it_and_never_what_sequences_need(
+    memory: int | None, sequences: int, expected: int
+) -> None:
+    asked = {"memory": memory, "max_num_seqs": sequences, "max_model_len": 64}
+    planned = qwen(**asked, checkpoints=None)
+    assert 18.6 * MIB < planned.checkpoint_bytes < 18.7 * MIB
+    assert planned.checkpoints == expected
+    assert planned.pages >= max(sequences, 2)
+    assert make_plan((gqa(), mla()), max_num_seqs=sequences, checkpoints=None).checkpoints == 0
+
+
 def test_layers_without_rows_cost_no_page_and_still_hold_tokens() -> None:
     planned = make_plan((gdn(), Stateless(), mamba2()), memory=100_000, max_num_seqs=2, max_model_len=4096)
     assert planned.page_bytes == 0
@@ -179,6 +215,7 @@ LAYERS = st.one_of(
     length=st.one_of(st.none(), st.integers(1, 4096)),
     sequences=st.integers(1, 300),
     drafts=st.integers(0, 9),
+    checkpoints=st.sampled_from((0, None)),
     dtype=st.sampled_from(("float32", "bfloat16")),
 )
 def test_any_mixture_plans_or_is_refused(
@@ -188,10 +225,12 @@ def test_any_mixture_plans_or_is_refused(
     length: int | None,
     sequences: int,
     drafts: int,
+    checkpoints: int | None,
     dtype: str,
 ) -> None:
     formats = tuple(formats_of((layer,), name)[0] for layer, name in zip(layers, names, strict=False))
     asked = {"max_model_len": length, "max_num_seqs": sequences, "drafts": drafts, "dtype": dtype}
+    asked["checkpoints"] = checkpoints
     roomy = plan(model_spec(layers), formats, memory=1 << 60, **asked)
     least = sequences * roomy.state_bytes_per_sequence + max(sequences, -(-(length or 1) // 32)) * roomy.page_bytes
     if memory is not None and memory < least:

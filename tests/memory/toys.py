@@ -81,13 +81,14 @@ def make_arena(
     *,
     poison: bool = True,
     backend: str = "auto",
+    interval: int | None = None,
     **planned: Any,
 ) -> Arena:
     spec = model_spec(layers)
     formats = formats_of(layers, format_name)
     settings: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": 320, "drafts": 0} | planned
     kernels = select(spec, formats, backend=backend)
-    return Arena(spec, make_plan(layers, format_name, **settings), kernels, poison=poison)
+    return Arena(spec, make_plan(layers, format_name, **settings), kernels, poison=poison, prefix_interval=interval)
 
 
 def make_plan(layers: tuple[LayerSpec, ...], format_name: str = "f32", **settings: Any) -> MemoryPlan:

@@ -73,7 +73,7 @@ def refusal(values: dict[str, Any]) -> str:
         ("qwen3.5-9b", 8.95, 8, 24, 1),
         ("qwen3.6-27b", 26.9, 16, 48, 1),
         ("qwen3.6-35b-a3b", 34.7, 10, 30, 1),
-        ("qwen3-next-80b-a3b", 79.7, 12, 36, 0),
+        ("qwen3-next-80b-a3b", 79.7, 12, 36, 1),
     ],
 )
 def test_released_shapes_have_the_parameters_they_are_named_for(

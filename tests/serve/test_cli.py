@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from truekv import LLM, Refused, SamplingParams
+from truekv.core.options import StructuredOutputs
 from truekv.serve import progress
-from truekv.serve.cli import cache_dtype
+from truekv.serve.flags import cache_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +76,11 @@ def test_json_is_one_object_with_the_effective_plan(truekv: Call, dense: Path) -
     assert done.out.count("\n") == 1
     assert [len(place["top"]) for place in value["logprobs"]] == [3] * len(value["tokens"])
     assert [layer["formats"] for layer in value["kv_plan"]["layers"]] == [{"k": "q8_0", "v": "q4_0"}] * 2
-    assert value["usage"] == {"prompt_tokens": 1, "completion_tokens": len(value["tokens"])}
+    assert value["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": len(value["tokens"]),
+        "cached_tokens": 0,
+    }
 
 
 def test_sampling_options_reach_the_sampler(truekv: Call, dense: Path) -> None:
@@ -208,3 +213,51 @@ def test_a_bar_appears_only_after_two_seconds_and_only_on_a_terminal(monkeypatch
     assert show(Terminal(), 0.0) == ""
     assert show(io.StringIO(), 0.8) == ""
     assert "reading the prompt" in show(Terminal(), 0.8)
+
+
+def test_every_sampling_flag_reaches_the_sampler(monkeypatch: pytest.MonkeyPatch, truekv: Call, tmp_path: Path) -> None:
+    taken: list[SamplingParams] = []
+    monkeypatch.setattr("truekv.serve.generate.run", lambda *args, **_: taken.append(args[4]))
+    monkeypatch.setattr("truekv.serve.chat.run", lambda *args: taken.append(args[2]))
+    numbers = {
+        "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_p": 0.8, "top_k": 4, "min_p": 0.1,
+        "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": -0.4, "seed": 7,
+    }  # fmt: skip
+    flags = [part for name, value in numbers.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags += ["--logit-bias", "3=-100", "--logit-bias", "4=1.5", "--stop-token-ids", "5", "--stop-token-ids", "6"]
+    flags += ["--stop", "x", "--choice", "yes", "--choice", "no"]
+    wanted = SamplingParams(
+        **numbers, logit_bias={3: -100.0, 4: 1.5}, stop_token_ids=(5, 6), stop=("x",),
+        structured_outputs=StructuredOutputs(choice=["yes", "no"]),
+    )  # fmt: skip
+    assert truekv("generate", "tiny-dense", "hello", *flags).code == 0
+    assert truekv("chat", "tiny-dense", *flags).code == 0
+    assert taken == [wanted, wanted]
+    schema, grammar = tmp_path / "schema.json", tmp_path / "answer.lark"
+    schema.write_text('{"type": "object"}')
+    grammar.write_text('start: "é"', encoding="utf-8")
+    for flag, value, asked in (
+        ("--json-schema", str(schema), {"json": '{"type": "object"}'}),
+        ("--json-schema", ' {"type": "null"}', {"json": ' {"type": "null"}'}),
+        ("--grammar", str(grammar), {"grammar": 'start: "é"'}),
+        ("--regex", "a+", {"regex": "a+"}),
+    ):
+        assert truekv("generate", "tiny-dense", "hello", flag, value).code == 0
+        assert taken.pop() == SamplingParams(logit_bias={}, structured_outputs=StructuredOutputs(**asked))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--logit-bias", "3"], "--logit-bias is '3', but must be ID=BIAS"),
+        (["--json-schema", "nowhere.json"], "--json-schema names nowhere.json, which cannot be read: No such file"),
+        (["--regex", "a", "--choice", "b"], "structured_outputs names regex and choice"),
+        (["--min-tokens", "300"], "min_tokens is 300"),
+        (["--regex", "("], "unclosed group"),
+        (["--stop-token-ids", "99999"], "stop_token_ids names token 99999"),
+    ],
+)
+def test_bad_sampling_flags_are_one_sentence(truekv: Call, dense: Path, flags: list[str], says: str) -> None:
+    done = truekv("generate", str(dense), "hello", *QUIET, *flags)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert says in done.err

@@ -89,7 +89,9 @@ def test_chat_is_the_template_and_generate(llm: LLM) -> None:
     tokens = llm.conversation(messages)
     assert tokens == llm._blueprint.tokenizer.encode(text, add_special_tokens=False)
     assert tokens[0] == llm._blueprint.tokenizer.find("<|im_start|>")
-    assert llm.chat(messages, SHORT) == llm.generate(tokens, SHORT)[0]
+    first, second = llm.chat(messages, SHORT), llm.generate(tokens, SHORT)[0]
+    assert (first.tokens, first.text) == (second.tokens, second.text)
+    assert second.usage.cached_tokens == len(tokens) - 1
     tool = {"type": "function", "function": {"name": "get_weather"}}
     assert len(llm.conversation(messages, [tool])) > len(tokens)
 

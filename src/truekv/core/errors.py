@@ -23,3 +23,12 @@ class Corrupted(TrueKVError):
     """A number that cannot be trusted, caught before it became a token."""
 
     exit_code = 2
+
+    def __init__(self, sentence: str, *, layer: str | None = None) -> None:
+        """Say what is wrong, and in which layer where that is known."""
+        super().__init__(sentence)
+        self.layer = layer
+
+
+class ConstraintFailed(TrueKVError):
+    """An answer that its grammar does not let go on: a dead end, or a step beyond the limits of work."""

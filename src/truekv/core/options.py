@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Final, Literal, cast
 
 from truekv.core.errors import Refused
 
@@ -63,6 +63,8 @@ class EngineOptions:
     """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need."""
     kernel_backend: str = "auto"
     """auto, native or reference; auto is native where its library was built and can run every layer."""
+    sentinel: bool = True
+    """Look at stored rows now and then, and at answers that repeat themselves; report what is wrong."""
     debug_poison: bool = False
     """Fill free and unwritten memory with NaN so that any stale read shows."""
 
@@ -83,43 +85,147 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """What an answer must be: exactly one of the four. Names are vLLM's."""
+
+    json: Mapping[str, Any] | str | None = None
+    """A JSON schema, as an object or as text."""
+    regex: str | None = None
+    """A regular expression that the whole answer matches (Rust's regex syntax: Unicode classes, no look-around)."""
+    choice: Sequence[str] | None = None
+    """The answers to choose from."""
+    grammar: str | None = None
+    """A grammar in llguidance's form of Lark."""
+
+    def __post_init__(self) -> None:
+        """Refuse none, several, and values of another kind."""
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        if len(given) != 1:
+            named = " and ".join(given) or "nothing"
+            raise Refused(f"structured_outputs names {named}, but must name one of json, regex, choice and grammar")
+        if not isinstance(self.json, Mapping | str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise Refused("structured_outputs: json must be a schema, as an object or as text")
+        for name, text in (("regex", self.regex), ("grammar", self.grammar)):
+            if not isinstance(text, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise Refused(f"structured_outputs: {name} must be a text")
+        if self.choice is not None:
+            _texts("structured_outputs: choice", self.choice, 1 << 16, 1 << 18)
+            if not self.choice:
+                raise Refused("structured_outputs: choice is empty; give at least one answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens. The defaults are greedy."""
+    """How to choose tokens. The defaults are greedy. Names, order and meaning are vLLM's."""
 
     max_tokens: int = 256
+    min_tokens: int = 0
+    """No end, asked for or the checkpoint's, before so many tokens; a grammar that is complete ends all the same."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps every token."""
+    min_p: float = 0.0
+    """Keeps the tokens that are at least this likely, relative to the most likely one; 0 keeps every token."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in the prompt or the answer, and multiplies the negative ones."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token of the answer."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token as often as it is in the answer."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these tokens: from -100 (never) to 100 (always)."""
     seed: int | None = None
     """Same seed, same tokens; None draws one and reports it."""
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     """Strings that end the answer; they are not part of it."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the answer, beside those of the checkpoint."""
+    ignore_eos: bool = False
+    """Go on after the checkpoint's own end tokens."""
     logprobs: int = 0
     """How many alternatives to report for each token (0: none, not even the chosen one's)."""
-    ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    """How many to report for each token of the prompt, beside its own; None reports nothing."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the answer must be."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, NaN included."""
         _integer("max_tokens", self.max_tokens, 1, 1 << 24)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise Refused("top_p is 0, which keeps no token; use temperature 0 for greedy decoding")
         _integer("top_k", self.top_k, 0, 1 << 24)
-        _integer("logprobs", self.logprobs, 0, 20)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        self._check_bias()
         if self.seed is not None:
             _integer("seed", self.seed, 0, (1 << 63) - 1)
-        if not all(isinstance(text, str) and text for text in self.stop):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise Refused("a stop string is empty, which would end every answer at once")
+        _texts("stop", self.stop, 16, 1000)
+        self._check_stop_tokens()
+        _integer("logprobs", self.logprobs, 0, 20)
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, 20)
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise Refused("structured_outputs must be a StructuredOutputs: one of json, regex, choice and grammar")
+
+    def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise Refused("logit_bias must map token ids to numbers")
+        if self.logit_bias and len(self.logit_bias) > _MOST_TOKENS:
+            raise Refused(f"logit_bias has {len(self.logit_bias)} entries, but at most {_MOST_TOKENS} are taken")
+        for token, bias in (self.logit_bias or {}).items():
+            _integer("a token id in logit_bias", token, 0, _LARGEST_ID)
+            _number(f"the logit_bias of token {token}", bias, -100.0, 100.0)
+
+    def _check_stop_tokens(self) -> None:
+        if not isinstance(self.stop_token_ids, list | tuple):
+            raise Refused("stop_token_ids must be a list of token ids")
+        if len(self.stop_token_ids) > _MOST_TOKENS:
+            raise Refused(f"stop_token_ids has {len(self.stop_token_ids)} ids, but at most {_MOST_TOKENS} are taken")
+        for token in self.stop_token_ids:
+            _integer("a token id in stop_token_ids", token, 0, _LARGEST_ID)
+
+
+_MOST_TOKENS: Final = 1024
+_LARGEST_ID: Final = (1 << 31) - 1
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Refused(f"{name} is {value!r}, but must be an integer from {low} to {high}")
+        raise Refused(f"{name} is {_shown(value)}, but must be an integer from {low} to {high}")
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
-        raise Refused(f"{name} is {value!r}, but must be a number from {low:g} to {high:g}")
+    # NaN compares with nothing, so it is in no range.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise Refused(f"{name} is {_shown(value)}, but must be a number from {low:g} to {high:g}")
+
+
+def _texts(name: str, value: object, most: int, longest: int) -> None:
+    """Refuse what is no list of texts, each with at least one character."""
+    if not isinstance(value, list | tuple):
+        raise Refused(f"{name} is {_shown(value)}, but must be a list of texts")
+    texts = cast("Sequence[object]", value)
+    if len(texts) > most:
+        raise Refused(f"{name} has {len(texts)} texts, but at most {most} are taken")
+    for text in texts:
+        if not isinstance(text, str) or not 1 <= len(text) <= longest:
+            raise Refused(f"{name} has {_shown(text)}, but takes texts of 1 to {longest} characters")
+
+
+def _shown(value: object) -> str:
+    """Return a value as a sentence shows it: what is absurdly large, by its size."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except ValueError:  # a list of integers beyond what Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"

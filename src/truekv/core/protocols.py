@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.config import Config
+    from truekv.core.errors import Corrupted
     from truekv.core.lazy import torch
     from truekv.core.spec import Field, ModelSpec, Recurrent
     from truekv.core.weights import Weights
@@ -179,21 +180,25 @@ class Model(Protocol):
 
 
 class DraftHead(Protocol):
-    """A multi-token-prediction head: from the trunk's residual at a token and the token after it to the one after that.
+    """A multi-token-prediction head: from the trunk's state at a token and the token after it to the one after that.
 
-    It has rows of its own, in the draft layers of the same plan: row t is made of the residual at
-    token t and the embedding of token t + 1.
+    It has rows of its own, in the draft layers of the same plan: row t is made of the state at token t
+    and the embedding of token t + 1.
     """
 
-    def forward(self, hidden: torch.Tensor, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
-        """Map residuals [T, hidden_size] to states of the same shape, which `logits` and a next `forward` read.
+    def begin(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map the trunk's residuals [T, hidden_size] to the states that a first `forward` reads."""
+        ...
 
-        `step.tokens` are the tokens that follow each residual's, `step.positions` the residuals' own.
+    def forward(self, state: torch.Tensor, step: Step, memory: Seq[LayerMemory]) -> torch.Tensor:
+        """Map states [T, hidden_size] to the states one token on, which `logits` and a next `forward` read.
+
+        `step.tokens` are the tokens that follow each state's, `step.positions` the states' own.
         """
         ...
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
-        """Map states [N, hidden_size] to float32 [N, vocab_size]: the token two after the residual's."""
+        """Map states that `forward` returned, [N, hidden_size], to float32 [N, vocab_size]: the token after next."""
         ...
 
 
@@ -213,6 +218,10 @@ class Architecture(Protocol):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Regular expressions (full match) of tensors a checkpoint may hold and text inference does not use."""
+        ...
+
+    def with_draft_head(self) -> Architecture:
+        """Return the same with the multi-token-prediction head among its tensors; raises Refused where it has none."""
         ...
 
     def build(self, weights: Weights) -> Model:
@@ -238,6 +247,34 @@ class Proposer(Protocol):
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """Guess up to `limit` tokens that continue `tokens`."""
+        ...
+
+
+class Observer(Protocol):
+    """Looks on while the engine runs. It reports what it notices, and changes no answer."""
+
+    def before_step(self, requests: Seq[int], tokens: int) -> bool:
+        """Learn which requests the next step serves, in the order of its chunks, and how many tokens it runs.
+
+        Returns whether it must run launch by launch, because this time the rows of a layer are looked
+        at on their way to memory: a captured step would not show them.
+        """
+        ...
+
+    def after_tokens(self, request: int, tokens: Seq[int], prompt: int) -> None:
+        """See a request's tokens after some were sampled: all of them, of which the first `prompt` were given."""
+        ...
+
+    def fault(self, request: int, error: Corrupted) -> None:
+        """Learn that a request is ended because its numbers cannot be trusted."""
+        ...
+
+    def end(self, request: int) -> None:
+        """Forget a request: it was answered, aborted or failed."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return what was noticed so far, as JSON can hold it."""
         ...
 
 

@@ -1,99 +1,186 @@
-"""Capture: a step recorded once as a list of launches on static buffers, and replayed with other contents.
+"""Capture: steps of a few fixed sizes, each recorded once and replayed with other contents.
 
-This is what a CUDA graph is, executed launch by launch on any device: addresses are fixed, and
-whatever the host decided while it was recorded (a length it read, a branch it took) stays decided.
-A forward that is not a function of its Step's tensors alone therefore shows here, without a GPU.
+Every decode or verify step, whatever its mix of rows, is laid into the next larger size; a step that fits none, such
+as a long chunk of a prompt, runs as it is. Both come from the same metadata, so there is one path to be right.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from bisect import bisect_left
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
 
-from truekv.core.batch import Step
+from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
-from truekv.kernels.native.library import library
+from truekv.engine.padding import PaddedStep, StepSize, nobody
+from truekv.engine.recording import Recording, recorder
+from truekv.memory.pages import PagedLayer
+from truekv.memory.states import StateLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_Launch = tuple[Any, tuple[Any, ...], dict[str, Any], "list[torch.Tensor]"]
+    from truekv.core.batch import Sequence, Step
+    from truekv.engine.recording import Recorder
+    from truekv.memory.arena import Arena
+
+    Forward = Callable[..., torch.Tensor]
+    """A function of a Step and of tensors [T, ...] that returns [T, ...]."""
+
+MOST_TOKENS: Final = 256
+"""Of a step that is captured: beyond, launching it is a small part of running it."""
+MOST_CAPTURED: Final = 64
+"""Sizes kept at once; of more, those that were used last."""
+NARROWEST: Final = 16
+"""Pages in the narrowest table; each wider one has four times as many."""
 
 
 class Captured:
-    """A function of a Step, recorded for the shapes of one Step."""
+    """A forward recorded for one size, that of the step given."""
 
-    def __init__(self, function: Callable[[Step], torch.Tensor], step: Step) -> None:
-        """Run `function` once on buffers that hold `step`, recording every launch.
+    def __init__(self, forward: Forward, step: Step, *tensors: torch.Tensor, record: Recorder = Recording) -> None:
+        """Run `forward` on copies of `step` and `tensors`, recording every launch.
 
-        The run is real: whatever it writes to memory is written, so give it a scratch sequence.
+        The run is real: whatever it writes to memory is written, so give it nobody's or a scratch
+        sequence. Later steps that are smaller leave rows of this one where they end.
         """
-        self._step = Step(**{name: tensor.clone() for name, tensor in _fields(step)})
+        self._padded = PaddedStep(step, tensors)
+        self._size = StepSize.of(step)
+        self._recording = record(lambda: forward(self._padded.step, *self._padded.tensors))
+
+    @property
+    def host_reads(self) -> tuple[str, ...]:
+        """Operations by which the host read what depends on data; a replay will not read it again."""
+        return self._recording.host_reads
+
+    def __call__(self, step: Step, *tensors: torch.Tensor) -> torch.Tensor:
+        """Replay with another step's contents; Refused when it cannot be laid into the recorded size."""
+        size = StepSize.of(step)
+        if not self._size.holds(size):
+            raise Refused(
+                f"a step of {size} cannot be laid into one captured for {self._size}; capture one of its size"
+            )
         with torch.inference_mode():
-            self._launches, self._output = _record(function, self._step)
-
-    def __call__(self, step: Step) -> torch.Tensor:
-        """Replay with another step's contents; Refused when a shape is not the recorded one."""
-        with torch.inference_mode():
-            for (name, buffer), (_, value) in zip(_fields(self._step), _fields(step), strict=True):
-                if buffer.shape != value.shape:
-                    raise Refused(
-                        f"a captured step takes '{name}' of shape {tuple(buffer.shape)}, not {tuple(value.shape)}; "
-                        "pad the step or capture one of its size"
-                    )
-                buffer.copy_(value)
-            for operation, arguments, options, buffers in self._launches:
-                produced = operation(*arguments, **options)
-                for buffer, result in zip(buffers, _tensors(produced), strict=True):
-                    # An operation in place already wrote to its buffer.
-                    if buffer is not result:
-                        buffer.copy_(result)
-            return self._output.clone()
+            self._padded.put(step, tensors)
+            return self._recording.replay()[: size.tokens].clone()
 
 
-def _record(function: Callable[[Step], torch.Tensor], step: Step) -> tuple[list[_Launch], torch.Tensor]:
-    from torch.utils._python_dispatch import TorchDispatchMode
+class StepSizes:
+    """The sizes that are captured: whatever steps the sequences of a plan may need, and few of them.
 
-    launches: list[_Launch] = []
+    A size has as many rows as tokens, up to all sequences, because rows without tokens cost nothing.
+    """
 
-    class Recorder(TorchDispatchMode):
-        """Sees every launch with its operands."""
+    def __init__(self, arena: Arena) -> None:
+        """Derive them from the plan, whose last slot is for the scratch."""
+        plan = arena.plan
+        self._slots = plan.slots
+        most = min(MOST_TOKENS, (plan.slots - 1) * (1 + plan.drafts))
+        self._tokens = [size for size in (1, 2, 4) if size < most] + list(range(8, most + 1, 8))
+        if not self._tokens or self._tokens[-1] < most:
+            self._tokens.append(most)
+        self._longest = [1, 1 + plan.drafts] if plan.drafts else [1]
+        self._pages = [NARROWEST]
+        while self._pages[-1] < plan.pages_for(plan.longest + plan.drafts):
+            self._pages.append(4 * self._pages[-1])
 
-        def __torch_dispatch__(  # torch's own interface, hence the names and the lack of types
-            self,
-            func: Any,  # noqa: ANN401
-            types: Any,  # noqa: ANN401
-            args: Any = (),  # noqa: ANN401
-            kwargs: Any = None,  # noqa: ANN401
-        ) -> Any:  # noqa: ANN401
-            produced = func(*args, **(kwargs or {}))
-            results = _tensors(produced)
-            # A view computes nothing, and a number read by the host is not read again.
-            if results and not (_shares_memory(results, args) and not func._schema.is_mutable):  # noqa: SLF001 (torch offers no other way)
-                launches.append((func, args, kwargs or {}, results))
-            return produced
+    def holding(self, step: Step) -> StepSize | None:
+        """Return the smallest size that holds a step."""
+        asked = StepSize.of(step)
+        places = [
+            (sizes, bisect_left(sizes, number))
+            for sizes, number in (
+                (self._tokens, asked.tokens),
+                (self._longest, asked.longest),
+                (self._pages, asked.pages),
+            )
+        ]
+        if any(place == len(sizes) for sizes, place in places):
+            return None
+        size = self._size(*(sizes[place] for sizes, place in places))
+        return size if size.holds(asked) else None
 
-    native = library()
-    # torch does not see the calls of native kernels, so the library reports them itself.
-    calls = native.recorded(lambda call: launches.append((call, (), {}, []))) if native else nullcontext()
-    with Recorder(), calls:
-        output = function(step)
-    return launches, output
+    def within(self, pages: int) -> list[StepSize]:
+        """Return every size whose page table is the narrowest of at least so many pages, the smallest first."""
+        width = next((width for width in self._pages if width >= pages), self._pages[-1])
+        return [self._size(tokens, longest, width) for tokens in self._tokens for longest in self._longest]
 
-
-def _fields(step: Step) -> list[tuple[str, torch.Tensor]]:
-    return [(field.name, getattr(step, field.name)) for field in dataclasses.fields(step)]
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = cast("tuple[object, ...] | list[object]", value) if isinstance(value, tuple | list) else ()
-    return [item for item in items if isinstance(item, torch.Tensor)]
+    def _size(self, tokens: int, longest: int, pages: int) -> StepSize:
+        return StepSize(tokens, min(tokens, self._slots), longest, pages)
 
 
-def _shares_memory(results: list[torch.Tensor], arguments: tuple[Any, ...]) -> bool:
-    held = {tensor.untyped_storage().data_ptr() for argument in arguments for tensor in _tensors(argument)}
-    return any(result.untyped_storage().data_ptr() in held for result in results)
+class StepGraphs:
+    """A forward whose small steps are replayed: it is called like the forward itself.
+
+    `replays` and `eager` count the steps that went either way, `recorded` the sizes recorded for them.
+    """
+
+    def __init__(self, forward: Forward, arena: Arena, scratch: Sequence | None = None) -> None:
+        """Capture `forward(step, *tensors)`.
+
+        The arena must have one slot and one page beyond those of its sequences, for the `scratch`
+        sequence, which is opened here unless another capture's is given. Raises Refused for an arena
+        that checks numbers on the host, and for a forward that reads them there. Recording writes to
+        no sequence, so it may happen between any two steps.
+        """
+        layers = (*arena.layers, *arena.draft_layers)
+        if any(isinstance(layer, PagedLayer | StateLayer) and layer.check_finite for layer in layers):
+            raise Refused(
+                "a captured step cannot stop at numbers that are not finite; make its arena with check_finite=False, "
+                "or turn capture off"
+            )
+        self.scratch = arena.open() if scratch is None else scratch
+        """Reserved for one token that never becomes real."""
+        if not self.scratch.pages:
+            arena.reserve([Chunk(self.scratch, [0])])
+        self.sizes = StepSizes(arena)
+        self.replays = self.recorded = self.eager = 0
+        self._forward = forward
+        self._device = arena.device
+        self._record = recorder(arena.device)
+        self._captured: OrderedDict[tuple[object, ...], Captured] = OrderedDict()
+
+    def __call__(self, step: Step, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return forward(step, *tensors)."""
+        size = self.sizes.holding(step)
+        if size is None:
+            self.eager += 1
+            return self._forward(step, *tensors)
+        captured = self._capture(size, *tensors)
+        self.replays += 1
+        return captured(step, *tensors)
+
+    def warm(self, pages: int, *tensors: torch.Tensor, progress: Callable[[int, int], None]) -> None:
+        """Record every size for page tables of at least `pages`, so that no step waits for it.
+
+        `tensors` [0, ...] stand for those that steps will bring. Calls `progress(done, total)`.
+        """
+        sizes = self.sizes.within(pages)
+        for done, size in enumerate(sizes):
+            progress(done, len(sizes))
+            self._capture(size, *tensors)
+        progress(len(sizes), len(sizes))
+
+    def _capture(self, size: StepSize, *tensors: torch.Tensor) -> Captured:
+        key = (size, *((tensor.shape[1:], tensor.dtype) for tensor in tensors))
+        captured = self._captured.get(key)
+        if captured is None:
+            if len(self._captured) == MOST_CAPTURED:
+                self._captured.popitem(last=False)
+            captured = self._captured[key] = self._recorded(size, tensors)
+        self._captured.move_to_end(key)
+        return captured
+
+    def _recorded(self, size: StepSize, tensors: tuple[torch.Tensor, ...]) -> Captured:
+        empty = nobody(size, self.scratch.slot, self.scratch.pages[0], self._device)
+        zeros = (tensor.new_zeros(size.tokens, *tensor.shape[1:]) for tensor in tensors)
+        captured = Captured(self._forward, empty, *zeros, record=self._record)
+        if captured.host_reads:
+            reads = ", ".join(sorted(set(captured.host_reads)))
+            raise Refused(
+                f"a step of this model reads on the host what its numbers decide ({reads}), so it cannot be captured; "
+                "turn capture off, or use the native kernels"
+            )
+        self.recorded += 1
+        return captured

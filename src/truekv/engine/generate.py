@@ -3,97 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, NamedTuple
 
 from truekv.core.batch import Chunk
-from truekv.core.errors import Corrupted, Refused
-from truekv.engine.sample import Logprob, Sampler, logprob
-from truekv.engine.schedule import Request, Schedule
-from truekv.engine.tokens import StopStrings, TextStream
+from truekv.core.errors import ConstraintFailed, Corrupted, Refused
+from truekv.engine.answer import Answer
+from truekv.engine.constrain import Grammars
+from truekv.engine.events import Ended, Event, Failed, Sampled
+from truekv.engine.request import Request
+from truekv.engine.sample import Sampler
+from truekv.engine.speculate.drafting import Verified
+from truekv.engine.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from truekv.core.lazy import torch
+    from truekv.core.batch import Sequence as Held
     from truekv.core.options import SamplingParams
-    from truekv.engine.run import Runner
-    from truekv.engine.schedule import Share
+    from truekv.core.protocols import Observer
+    from truekv.engine.run import Ran, Runner
+    from truekv.engine.schedule import Schedule, Share
+    from truekv.engine.speculate.drafting import Drafting
     from truekv.engine.tokens import Tokenizer
+    from truekv.memory.arena import Arena
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A step stored prompt tokens: `done` of `total` are in memory."""
+class Asked(NamedTuple):
+    """What somebody wants answered."""
 
-    request: int
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A token was chosen; `text` is what became certain with it (empty inside a character or a possible stop)."""
-
-    request: int
-    token: int
-    text: str
-    logprob: Logprob | None
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The answer is complete; `text` is what had been held back."""
-
-    request: int
-    reason: Literal["stop", "length"]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request ended without a complete answer; the others go on."""
-
-    request: int
-    error: Corrupted
-
-
-Event = Stored | Sampled | Ended | Failed
-
-
-class Answer:
-    """What one request needs between steps besides its place in the schedule."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, ends: frozenset[int]) -> None:
-        """Prepare sampling, text and stop strings for a request; `ends`: the ids that end an answer."""
-        self.request = request
-        self.sampler = Sampler(request.params)
-        self._text = TextStream(tokenizer, request.prompt) if tokenizer else None
-        self._stops = StopStrings(request.params.stop)
-        self._ends = frozenset[int]() if request.params.ignore_eos else ends
-
-    def take(self, logits_V: torch.Tensor) -> Iterator[Event]:
-        """Choose the next token from its logits and say what follows from it."""
-        request, params = self.request, self.request.params
-        token = self.sampler.choose(logits_V, len(request.generated))
-        request.tokens.append(token)
-        report = logprob(logits_V, token, params.logprobs) if params.logprobs else None
-        text, stopped = (
-            self._stops.push(self._text.push(token)) if self._text and token not in self._ends else ("", False)
-        )
-        yield Sampled(request.identity, token, text, report)
-        if stopped:
-            yield Ended(request.identity, "stop", "")
-        elif token in self._ends:
-            yield Ended(request.identity, "stop", self._rest()[0])
-        elif len(request.generated) == request.limit:
-            text, stopped = self._rest()
-            yield Ended(request.identity, "stop" if stopped else "length", text)
-
-    def _rest(self) -> tuple[str, bool]:
-        """Return the text held back and whether the unfinished character at its end completed a stop string."""
-        text, stopped = self._stops.push(self._text.flush()) if self._text else ("", False)
-        return (text, True) if stopped else (text + self._stops.flush(), False)
+    prompt: Sequence[int]
+    params: SamplingParams
+    priority: int = 0
+    """Lower goes first."""
+    salt: str = ""
+    """Only requests of the same salt share the prefix cache."""
 
 
 class Engine:
@@ -107,6 +50,8 @@ class Engine:
         *,
         ends: frozenset[int],
         max_model_len: int,
+        drafting: Drafting | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Bind the runner and the schedule; `tokenizer` is None for checkpoints without one."""
         self.runner = runner
@@ -114,24 +59,37 @@ class Engine:
         self.tokenizer = tokenizer
         self.ends = ends
         self.max_model_len = max_model_len
+        self.drafting = drafting
+        self.observer = observer
+        self.steps = self._computed = self._generated = 0
+        self._memory = _Memory(runner.arena)
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
+        self._grammars = Grammars(tokenizer, runner.model.spec.vocab_size, ends)
 
-    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+    def add(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0, salt: str = "") -> Request:
         """Queue a prompt of token ids; Refused when it is empty, unknown to the model or does not fit."""
         self.check(prompt, params)
         limit = min(params.max_tokens, self.max_model_len - len(prompt))
-        request = Request(next(self._identities), tuple(prompt), params, limit, list(prompt))
+        request = Request(next(self._identities), tuple(prompt), params, limit, priority, salt, list(prompt))
+        answer = Answer(request, self.tokenizer, self._sampler(prompt, params))
         self.schedule.add(request)
-        self._answers[request.identity] = Answer(request, self.tokenizer, self.ends)
+        self._answers[request.identity] = answer
         return request
 
-    def add_all(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
+    def _sampler(self, prompt: Sequence[int], params: SamplingParams) -> Sampler:
+        asked = params.structured_outputs
+        constraint = self._grammars.compile(asked) if asked else None
+        ends = frozenset[int]() if params.ignore_eos else self.ends
+        return Sampler(params, prompt, self.runner.model.spec.vocab_size, ends, constraint)
+
+    def add_all(self, asked: Iterable[Asked]) -> list[Request]:
         """Queue all of several prompts, or none when one of them is refused."""
         added: list[Request] = []
         try:
-            for prompt, params in prompts:
-                added.append(self.add(prompt, params))
+            for each in asked:
+                request = self.add(*each)
+                added.append(request)
         except Refused:
             for request in added:
                 self.abort(request)
@@ -153,11 +111,28 @@ class Engine:
         """Return the seed a request draws from; None when it is greedy and none was given."""
         return self._answers[request.identity].sampler.seed
 
+    @property
+    def stats(self) -> Stats:
+        """What was done so far."""
+        arena, schedule = self.runner.arena, self.schedule
+        tally = self.drafting.tally if self.drafting else None
+        return Stats(
+            running=len(schedule.running),
+            waiting=len(schedule.waiting),
+            steps=self.steps,
+            computed_tokens=self._computed,
+            generated_tokens=self._generated,
+            preemptions=schedule.preemptions,
+            drafted=tuple(tally.drafted) if tally else (),
+            accepted=tuple(tally.accepted) if tally else (),
+            prefix=arena.prefix,
+            pages=schedule.pages,
+            held_pages=schedule.pages - arena.available_pages,
+        )
+
     def abort(self, request: Request) -> None:
         """End a request now and give its memory back; nothing happens if it has ended already."""
-        if self._answers.pop(request.identity, None) is not None:
-            self.schedule.end(request)
-            self._release(request)
+        self._end(request)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Step until these requests have ended; leaving the iterator early aborts those that have not."""
@@ -170,37 +145,66 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one step of whatever is due and return what happened."""
-        for request in self.schedule.admit():
-            request.held = self.runner.arena.open()
-        shares = self.schedule.shares()
+        self._admit()
+        shares = self.schedule.shares(self._memory)
+        if not shares:
+            return []
         chunks = [_chunk(share) for share in shares]
+        wanted = [self._answers[share.request.identity].wanted(share) for share in shares]
+        self.steps += 1
+        eager = self.observer is not None and self.observer.before_step(
+            [share.request.identity for share in shares], sum(len(chunk.tokens) for chunk in chunks)
+        )
         try:
-            rows = self.runner.step(chunks, [int(share.samples) for share in shares])
+            ran = self.runner.run(chunks, wanted, eager=eager)
         except Corrupted as error:
             return self._suspect(shares, error)
+        return self._finish(shares, ran)
+
+    def _admit(self) -> None:
+        while request := self.schedule.admit(self._memory):
+            request.held = self._memory.open(request)
+            if request.cached is None:
+                request.cached = request.held.position
+
+    def _finish(self, shares: list[Share], ran: Ran) -> list[Event]:
+        """Turn a step into events, make its tokens real, and guess what follows them."""
         events: list[Event] = []
-        for share, logits_NV in zip(shares, rows, strict=True):
-            events.extend(self._after(share, logits_NV))
+        verified: list[Verified] = []
+        start = 0
+        for share, logits_NV in zip(shares, ran.rows, strict=True):
+            try:
+                if isinstance(logits_NV, Corrupted):
+                    raise logits_NV
+                found, accepted = self._answers[share.request.identity].after(share, logits_NV)
+            except (Corrupted, ConstraintFailed) as error:
+                events.append(self._fail(share.request, error))
+            else:
+                events += found
+                self._generated += sum(isinstance(event, Sampled) for event in found)
+                ended = bool(found) and isinstance(found[-1], Ended)
+                verified.append(Verified(share, start, accepted, ended=ended))
+            start += share.count + len(share.drafts)
+        if self.drafting:
+            # Before anything is real: the prediction head writes to lines that only this step holds.
+            self.drafting.follow(verified, ran.hidden)
+        for item in verified:
+            self._advance(item)
         return events
 
-    def _after(self, share: Share, logits_NV: torch.Tensor | Corrupted) -> Iterator[Event]:
-        """Turn one request's share of a finished step into events."""
-        request = share.request
-        if isinstance(logits_NV, Corrupted):
-            yield self._fail(request, logits_NV)
-            return
-        held = request.held
-        assert held is not None
-        if held.position >= request.alone:
+    def _advance(self, item: Verified) -> None:
+        request = item.share.request
+        assert request.held is not None
+        self._computed += item.real
+        self.runner.arena.advance(request.held, item.real)
+        if self.observer and item.share.samples:
+            self.observer.after_tokens(request.identity, request.tokens, len(request.prompt))
+        if request.held.position >= request.alone:
             request.alone = 0
-        if not request.generated:
-            yield Stored(request.identity, held.position, len(request.prompt))
-        if not share.samples:
-            return
-        for event in self._answers[request.identity].take(logits_NV[0]):
-            if isinstance(event, Ended):
-                self.abort(request)
-            yield event
+        if item.ended:
+            self._end(request)
+        elif request.guess:
+            request.guess = self._answers[request.identity].sampler.allowed(request.guess)
 
     def _suspect(self, shares: list[Share], error: Corrupted) -> list[Event]:
         """After a step that failed as a whole, find out whose fault it was.
@@ -210,21 +214,54 @@ class Engine:
         """
         if len(shares) == 1:
             return [self._fail(shares[0].request, error)]
-        for share in reversed(shares):
+        for share in shares:
             request = share.request
             assert request.held is not None
             request.alone = request.held.position + share.count
-            self._release(request)
+            self._memory.release(request, suspect=True)
             self.schedule.again(request)
         return []
 
-    def _fail(self, request: Request, error: Corrupted) -> Failed:
-        self.abort(request)
+    def _fail(self, request: Request, error: Corrupted | ConstraintFailed) -> Failed:
+        if self.observer and isinstance(error, Corrupted):
+            self.observer.fault(request.identity, error)
+        self._end(request, suspect=isinstance(error, Corrupted))
         return Failed(request.identity, error)
 
-    def _release(self, request: Request) -> None:
+    def _end(self, request: Request, *, suspect: bool = False) -> None:
+        if self._answers.pop(request.identity, None) is not None:
+            self.schedule.end(request)
+            self._memory.release(request, suspect=suspect)
+            if self.drafting:
+                self.drafting.forget(request)
+            if self.observer:
+                self.observer.end(request.identity)
+
+
+class _Memory:
+    """The arena as the schedule sees it."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.pages_for = arena.plan.pages_for
+        self.certain_limit = arena.certain_limit
+        self.draft_limit = arena.draft_limit
+        self._arena = arena
+
+    @property
+    def available_pages(self) -> int:
+        return self._arena.available_pages
+
+    def new_pages(self, request: Request) -> int:
+        return self._arena.new_pages(request.tokens, salt=request.salt)
+
+    def open(self, request: Request) -> Held:
+        # Log-probabilities of the prompt come from computing it.
+        reuse = request.params.prompt_logprobs is None or bool(request.generated)
+        return self._arena.open(request.tokens, salt=request.salt, reuse=reuse)
+
+    def release(self, request: Request, *, suspect: bool = False) -> None:
         if request.held is not None:
-            self.runner.arena.close(request.held)
+            self._arena.close(request.held, suspect=suspect)
             request.held = None
 
 
@@ -238,7 +275,7 @@ def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
 
 
 def _chunk(share: Share) -> Chunk:
-    request = share.request
+    request, drafts = share.request, share.drafts
     assert request.held is not None
     start = request.held.position
-    return Chunk(request.held, request.tokens[start : start + share.count])
+    return Chunk(request.held, request.tokens[start : start + share.count] + drafts, len(drafts), share.room)

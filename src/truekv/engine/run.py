@@ -2,53 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from truekv.core.batch import Chunk
+    from truekv.core.batch import Chunk, Step
     from truekv.core.batch import Sequence as Held
     from truekv.core.protocols import Model
     from truekv.memory.arena import Arena
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a forward pass made of a step whose tokens are still provisional."""
+
+    hidden: torch.Tensor
+    """[T, hidden_size] residuals of all tokens, chunk after chunk."""
+    rows: list[torch.Tensor | Corrupted]
+    """For each chunk the logits of its last wanted tokens, float32 [wanted, vocab] on the host, or why not."""
+
+
 class Runner:
     """Runs steps of any mix of chunks: a prefill chunk, a single token and a verified draft are one thing."""
 
-    def __init__(self, model: Model, arena: Arena) -> None:
-        """Bind a model to the memory of its layers."""
+    def __init__(self, model: Model, arena: Arena, forward: Callable[[Step], torch.Tensor] | None = None) -> None:
+        """Bind a model to the memory of its layers; `forward` replaces its pass by one that gives the same."""
         self.model = model
         self.arena = arena
+        self._forward = forward or self._eager
 
-    def step(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[torch.Tensor | Corrupted]:
-        """Run one step; return for each chunk the logits of its last `wanted` tokens, float32 [wanted, vocab].
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], *, eager: bool = False) -> Ran:
+        """Run one step; nothing in it is real until the caller advances each chunk's sequence.
 
-        A chunk without drafts becomes real at once. After a chunk with drafts the caller says with
-        `arena.advance(sequence, n)` how many of its tokens are real: the certain ones and the accepted.
-        A chunk whose numbers are not finite gets a Corrupted instead of logits and stays provisional;
-        Corrupted is raised when the step failed and it is unknown whose fault it was.
+        `eager` runs the model's own pass, whatever replaces it otherwise.
+
+        A chunk whose numbers are not finite gets a Corrupted instead of logits; Corrupted is raised
+        when the step failed and it is unknown whose fault it was.
         """
         step = self.arena.reserve(list(chunks))
         with torch.inference_mode():
-            hidden_TH = self.model.forward(step, self.arena.layers)
+            hidden_TH = (self._eager if eager else self._forward)(step)
             rows = _rows(chunks, wanted)
             logits_NV = self.model.logits(hidden_TH[rows]).float().cpu() if rows else torch.empty(0, 0)
             healthy = _healthy(chunks, wanted, hidden_TH, logits_NV)
         results: list[torch.Tensor | Corrupted] = []
         start = 0
         for chunk, count, good in zip(chunks, wanted, healthy, strict=True):
-            if good:
-                results.append(logits_NV[start : start + count])
-                if not chunk.drafts:
-                    self.arena.advance(chunk.sequence, len(chunk.tokens))
-            else:
-                results.append(Corrupted(_sentence(chunk)))
+            results.append(logits_NV[start : start + count] if good else Corrupted(_sentence(chunk)))
             start += count
+        return Ran(hidden_TH, results)
+
+    def step(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[torch.Tensor | Corrupted]:
+        """Run one step and make every healthy chunk without drafts real; return the logits of `run`.
+
+        After a chunk with drafts the caller says with `arena.advance(sequence, n)` how many of its
+        tokens are real: the certain ones and the accepted.
+        """
+        results = self.run(chunks, wanted).rows
+        for chunk, result in zip(chunks, results, strict=True):
+            if not chunk.drafts and not isinstance(result, Corrupted):
+                self.arena.advance(chunk.sequence, len(chunk.tokens))
         return results
+
+    def _eager(self, step: Step) -> torch.Tensor:
+        return self.model.forward(step, self.arena.layers)
 
     def teacher_force(self, held: Held, tokens: Sequence[int], sizes: Iterator[int]) -> Iterator[torch.Tensor]:
         """Store tokens chunk by chunk and yield each chunk's logits [size, vocab]; Corrupted ends it."""

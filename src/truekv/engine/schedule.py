@@ -2,127 +2,220 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
 from truekv.core.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Seq
-
     from truekv.core.batch import Sequence
-    from truekv.core.options import SamplingParams
+    from truekv.engine.request import Request
+
+AGEING: Final = 256
+"""Turns of waiting that are worth one level of priority: whoever waits long enough goes first."""
+PATIENCE: Final = 16
+"""Turns without a token after which a running request goes before all others."""
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """One prompt and its answer so far.
-
-    There is no prefill and no decode phase: memory holds the first `held.position` of `tokens`, and
-    the request catches up. One that lost its memory starts again from its own tokens.
-    """
-
-    identity: int
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    limit: int
-    """Most tokens it may generate, cut to the context."""
-    tokens: list[int] = field(default_factory=list[int])
-    """The prompt and what was generated."""
-    held: Sequence | None = None
-    """What memory holds of it; None while it waits and once it has ended."""
-    alone: int = 0
-    """It may be what broke a step of several: it runs alone until this many tokens are held."""
+class Memory(Protocol):
+    """What the schedule asks of memory."""
 
     @property
-    def pending(self) -> int:
-        """How many of its tokens memory does not hold yet."""
-        return len(self.tokens) - (self.held.position if self.held else 0)
+    def available_pages(self) -> int:
+        """Pages that are free, or held by nothing but the prefix cache."""
+        ...
 
-    @property
-    def generated(self) -> list[int]:
-        """The tokens of the answer."""
-        return self.tokens[len(self.prompt) :]
+    def new_pages(self, request: Request) -> int:
+        """Pages that would have to become available for all of a waiting request's tokens and one more."""
+        ...
 
-    @property
-    def most_tokens(self) -> int:
-        """Most tokens that memory may have to hold: the last one sampled is never stored."""
-        return len(self.prompt) + self.limit - 1
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens of one sequence."""
+        ...
+
+    def certain_limit(self, sequence: Sequence) -> int:
+        """Most certain tokens of the next chunk, so that it ends where a state is to be kept."""
+        ...
+
+    def draft_limit(self, sequence: Sequence) -> int:
+        """Most drafts of the next chunk, so that no acceptance jumps over such a place."""
+        ...
+
+    def release(self, request: Request) -> None:
+        """Take a request's memory away."""
+        ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Share:
-    """What one request brings to a step: its next `count` tokens, and whether the last one is sampled from."""
+    """What one request brings to a step: its next `count` tokens, and guesses for those that follow."""
 
     request: Request
     count: int
     samples: bool
+    """Whether the last token is its newest, so that the next is sampled."""
+    drafts: list[int] = field(default_factory=list[int])
+    room: int = 0
+    """Lines kept for the guesses of the prediction head."""
+
+    @property
+    def lines(self) -> int:
+        """Lines of memory that the step may write."""
+        return self.count + len(self.drafts) + self.room
 
 
 class Schedule:
-    """First come, first served. Pure: no clock, no tensors, no I/O, so every run can be replayed.
+    """Continuous batching: every turn divides the token budget among all that are in memory.
 
-    A request enters when its longest possible answer fits beside those that are running, so none
-    ever has to give memory back before it ends.
+    Pure: time is the count of turns, nothing is random, so every run can be replayed. Requests are
+    ranked by priority, then by arrival. When pages run out the lowest of them gives its memory back
+    and later computes it again; the highest is never touched and fits alone, so there is always one
+    that advances.
     """
 
-    def __init__(self, *, pages: int, page_tokens: int, sequences: int, step_tokens: int) -> None:
-        """`pages` of `page_tokens` lines, at most `sequences` in memory, at most `step_tokens` in a step."""
+    def __init__(self, *, pages: int, page_tokens: int, sequences: int, step_tokens: int, draft_room: int = 0) -> None:
+        """`pages` of `page_tokens` lines, at most `sequences` in memory, at most `step_tokens` in a step.
+
+        `draft_room`: lines that the prediction head writes beyond a step that samples.
+        """
         self.pages = pages
         self.page_tokens = page_tokens
         self.sequences = sequences
         self.step_tokens = step_tokens
-        self.waiting: deque[Request] = deque()
+        self.draft_room = draft_room
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.preemptions = 0
+        self._turn = 0
+        self._arrivals = 0
 
     def add(self, request: Request) -> None:
         """Queue a request; Refused when it could never run."""
-        need = self._pages_of(request)
+        need = -(-request.most_tokens // self.page_tokens)
         if need > self.pages:
             raise Refused(
                 f"the request needs {request.most_tokens} tokens of KV cache ({need} pages), but the cache has "
                 f"{self.pages} pages of {self.page_tokens} tokens; lower max_tokens or give it more memory"
             )
-        self.waiting.append(request)
+        request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        self._wait(request)
 
     def again(self, request: Request) -> None:
-        """Put a request that lost its memory back to the front of the queue."""
+        """Put a request that lost its memory back among those that wait, where its rank leaves it."""
         self.running.remove(request)
-        self.waiting.appendleft(request)
+        self._wait(request)
 
     def end(self, request: Request) -> None:
         """Forget a request, wherever it is."""
-        if request in self.running:
-            self.running.remove(request)
-        else:
-            self.waiting.remove(request)
+        (self.running if request in self.running else self.waiting).remove(request)
 
-    def admit(self) -> list[Request]:
-        """Move the requests that may enter memory now from waiting to running, and return them."""
-        admitted: list[Request] = []
-        used = sum(self._pages_of(request) for request in self.running)
-        while self.waiting and len(self.running) < self.sequences:
-            used += self._pages_of(self.waiting[0])
-            if used > self.pages:
-                break
-            admitted.append(self.waiting.popleft())
-            self.running.append(admitted[-1])
-        return admitted
+    def admit(self, memory: Memory) -> Request | None:
+        """Move the next request that may enter memory from waiting to running, and return it.
 
-    def shares(self) -> list[Share]:
-        """Divide the step's token budget: first who needs one token, then the others as they came."""
-        suspects = [request for request in self.running if request.alone]
-        runners: Seq[Request] = suspects[:1] or self.running
+        It enters when its tokens fit beside those that the running ones still have to store, and
+        leave each of them a page to grow by. None when nothing may enter now.
+        """
+        if not self.waiting or len(self.running) >= self.sequences:
+            return None
+        request = min(self.waiting, key=self._rank)
+        if self.running:
+            owed = sum(
+                memory.pages_for(len(item.tokens)) - (len(item.held.pages) if item.held else 0) for item in self.running
+            )
+            if memory.new_pages(request) + owed + len(self.running) > memory.available_pages:
+                return None
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.waited += self._turn - request.queued
+        request.served = self._turn
+        return request
+
+    def shares(self, memory: Memory) -> list[Share]:
+        """Divide the next step among the running requests, taking memory from the lowest where it runs out."""
+        self._turn += 1
+        order = self._order()
+        shares: dict[int, Share] = {}
+        promised = 0
         budget = self.step_tokens
-        shares: list[Share] = []
-        # One pending token is a request in the middle of its answer: a long prompt must not stall it.
-        for request in sorted(runners, key=lambda request: request.pending > 1):
-            count = min(request.pending, budget)
-            if count:
-                shares.append(Share(request, count, count == request.pending))
-                budget -= count
-        return shares
+        answering = sum(request.pending == 1 for request in order)
+        for request in order:
+            if request.held is None:
+                continue  # preempted a moment ago
+            one = request.pending == 1
+            answering -= one
+            share = self._wish(request, budget, budget - 1 - answering if one else 0, memory)
+            while share.count and (missing := self._missing(share, memory)) > memory.available_pages - promised:
+                if self._shrink(share, memory.available_pages - promised, memory):
+                    continue
+                victim = self._victim(request)
+                if victim is None:
+                    share.count = 0
+                    break
+                taken = shares.pop(victim.identity, None)
+                if taken:
+                    promised -= self._missing(taken, memory)
+                    budget += taken.count + len(taken.drafts)
+                memory.release(victim)
+                self.preemptions += 1
+                self.again(victim)
+            if share.count:
+                missing = self._missing(share, memory)
+                promised += missing
+                budget -= share.count + len(share.drafts)
+                shares[request.identity] = share
+        for share in shares.values():
+            share.request.served = self._turn
+        return list(shares.values())
 
-    def _pages_of(self, request: Request) -> int:
-        return -(-request.most_tokens // self.page_tokens)
+    def _wait(self, request: Request) -> None:
+        request.queued = self._turn
+        self.waiting.append(request)
+
+    def _rank(self, request: Request) -> tuple[int, int]:
+        """Order of service: the lowest goes first."""
+        waiting = 0 if request.held is not None else self._turn - request.queued
+        return request.priority - (request.waited + waiting) // AGEING, request.arrival
+
+    def _order(self) -> list[Request]:
+        """Who is served first: the starving, then those in the middle of an answer, then prompts."""
+        suspects = [request for request in self.running if request.alone]
+        if suspects:
+            return suspects[:1]
+        # One pending token is a request in the middle of its answer: a long prompt must not stall it.
+        return sorted(
+            self.running,
+            key=lambda item: (self._turn - item.served <= PATIENCE, item.pending > 1, self._rank(item)),
+        )
+
+    def _wish(self, request: Request, budget: int, drafts: int, memory: Memory) -> Share:
+        """Say what a request would take of the step if pages were no matter; at most `drafts` guesses."""
+        held = request.held
+        assert held is not None
+        count = min(request.pending, budget, memory.certain_limit(held))
+        samples = count == request.pending
+        most = min(drafts, request.remaining - 1, memory.draft_limit(held)) if samples and count else 0
+        guess = request.guess[: max(0, most)]
+        return Share(request, count, samples, guess, self.draft_room if samples else 0)
+
+    def _missing(self, share: Share, memory: Memory) -> int:
+        held = share.request.held
+        assert held is not None
+        return max(0, memory.pages_for(held.position + share.lines) - len(held.pages))
+
+    def _shrink(self, share: Share, pages: int, memory: Memory) -> bool:
+        """Give up what a share can do without, room and guesses first; False when nothing is left to give."""
+        if share.room or share.drafts:
+            share.room, share.drafts = 0, []
+            return True
+        held = share.request.held
+        assert held is not None
+        fits = (len(held.pages) + max(0, pages)) * self.page_tokens - held.position
+        if not 0 < fits < share.count:
+            return False
+        share.count, share.samples = fits, False
+        return memory.pages_for(held.position + fits) - len(held.pages) <= pages
+
+    def _victim(self, request: Request) -> Request | None:
+        """Whose memory may be taken for a request: the lowest below it, or nobody's."""
+        lowest = max((item for item in self.running if item.held is not None), key=self._rank)
+        return lowest if self._rank(lowest) > self._rank(request) else None

@@ -49,6 +49,10 @@ class Tokenizer:
         """How many ids it knows, added tokens included."""
         return self._library.get_vocab_size(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """Return it as the text of a tokenizer.json."""
+        return self._library.to_str()
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text; a text that is not valid Unicode is Refused."""
         try:

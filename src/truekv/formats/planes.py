@@ -6,6 +6,7 @@ from typing import Final
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
+from truekv.core.recording import is_recording
 
 HALF_MAX: Final = 65504.0
 """Largest finite fp16 number."""
@@ -14,14 +15,14 @@ HALF_STEP: Final = 2.0**-24
 
 
 def finite(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows as float32, or raise Corrupted if any of them is NaN or infinite."""
+    """Return rows as float32; NaN or infinity raises Corrupted, unless the step is being recorded."""
     # One pass over the rows: a maximum carries NaN along.
-    if rows.numel() and not bool(torch.isfinite(rows.abs().amax())):
+    if rows.numel() and not is_recording() and not bool(torch.isfinite(rows.abs().amax())):
         # A NaN that enters the cache comes back as fluent nonsense many tokens later.
         bad = int((~torch.isfinite(rows)).any(-1).sum())
         raise Corrupted(
             f"{bad} of {rows.shape[:-1].numel()} cache rows hold NaN or infinity before encoding; "
-            "nothing was stored: check the weights and the compute dtype"
+            "the step is lost: check the weights and the compute dtype"
         )
     return rows.float()
 

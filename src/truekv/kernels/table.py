@@ -42,7 +42,7 @@ class PagedKernels(Protocol):
     def store(self, stored: Stored, rows: torch.Tensor, step: Step) -> None:
         """Take rows [T, heads, dim] into their frame, encode them and write them to the step's pages and lines.
 
-        Raises Corrupted if a row is not finite, before any of them is written.
+        A row that is not finite raises Corrupted; where the step is being recorded it is written as NaN instead.
         """
         ...
 

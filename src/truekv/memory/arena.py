@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from truekv.core.batch import Sequence, Step
+from truekv.core.batch import Sequence
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
-from truekv.core.spec import Paged, Recurrent, Stateless
-from truekv.formats.frame import frame_for
-from truekv.memory.pages import PagedLayer
+from truekv.memory.allocate import allocate
+from truekv.memory.layout import lay_out
+from truekv.memory.lease import Lease
+from truekv.memory.pages import POISON, PagedLayer
+from truekv.memory.prefix import UNLIMITED, PrefixCache, PrefixStats
 from truekv.memory.states import StateLayer
+from truekv.memory.tree import Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
-    from truekv.core.batch import Chunk
-    from truekv.core.protocols import LayerMemory
-    from truekv.core.spec import LayerSpec, ModelSpec
-    from truekv.formats.frame import Frame
+    from truekv.core.batch import Chunk, Step
+    from truekv.core.spec import ModelSpec
     from truekv.kernels.table import Kernels
-    from truekv.memory.plan import LayerPlan, MemoryPlan
-
-    Frames = Mapping[tuple[int, str], Frame]
+    from truekv.memory.allocate import Frames
+    from truekv.memory.plan import MemoryPlan
 
 
 class OutOfPages(Refused):
@@ -33,23 +31,6 @@ class OutOfPages(Refused):
 
 class OutOfSlots(Refused):
     """Every slot has a sequence; nothing was changed."""
-
-
-@dataclass(slots=True, eq=False)
-class _Lease:
-    """What the arena knows of a slot's sequence, to notice when the sequence says otherwise."""
-
-    sequence: Sequence
-    position: int = 0
-    replay: int = 0
-    pages: tuple[int, ...] = ()
-    reserved: tuple[int, int] | None = None
-
-    def note(self) -> None:
-        """Take over what the arena has just written into the sequence."""
-        sequence = self.sequence
-        self.position, self.replay = sequence.position, sequence.replay
-        self.pages, self.reserved = tuple(sequence.pages), sequence.reserved
 
 
 class Arena:
@@ -64,6 +45,7 @@ class Arena:
         *,
         poison: bool = False,
         check_finite: bool = True,
+        prefix_interval: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Allocate what was planned, no more.
@@ -72,24 +54,26 @@ class Arena:
         after the others; formats that need no measurement run without. With `poison` every byte
         that holds no real token is NaN.
         `check_finite` stops rows, inputs and states that are not finite, at the price of one
-        host synchronisation per layer and step.
+        host synchronisation per layer and step. With `prefix_interval` complete pages stay after
+        their sequence for others that begin alike, and a prompt leaves a recurrent state every so
+        many tokens; with recurrent layers that takes a plan with checkpoints.
         """
         self.plan = plan
         self.kernels = kernels
         self.poison = poison
         self.device = torch.device(device)
-        self._check_finite = check_finite
-        measured = frames or {}
-        self.layers = self._allocate(spec.layers, plan.layers, measured, 0)
-        draft_layers = spec.draft_layers if plan.draft_layers else ()
-        self.draft_layers = self._allocate(draft_layers, plan.draft_layers, measured, len(spec.layers))
+        self.layers, self.draft_layers = allocate(
+            spec, plan, kernels, frames or {}, poison=poison, check_finite=check_finite, device=self.device
+        )
         self._free_pages = list(range(plan.pages - 1, -1, -1))
         self._free_slots = list(range(plan.slots - 1, -1, -1))
-        self._leases: dict[int, _Lease] = {}
+        self._leases: dict[int, Lease] = {}
+        self._serial = 0
+        self._cache = self._prefix_cache(prefix_interval)
 
     @property
     def free_pages(self) -> int:
-        """Pages that no sequence holds."""
+        """Pages that hold nothing."""
         return len(self._free_pages)
 
     @property
@@ -99,26 +83,66 @@ class Arena:
 
     @property
     def held_pages(self) -> int:
-        """Pages that open sequences hold."""
-        return sum(len(lease.pages) for lease in self._leases.values())
+        """Pages that open sequences hold; one that several read counts once."""
+        return len({page for lease in self._leases.values() for page in lease.pages})
+
+    @property
+    def cached_pages(self) -> int:
+        """Pages that the prefix cache alone holds."""
+        return self._cache.tree.idle if self._cache else 0
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that a step could get: those that are free, and those that only the prefix cache holds."""
+        return self.free_pages + self.cached_pages
+
+    @property
+    def prefix(self) -> PrefixStats:
+        """What the prefix cache did and holds; all zero without one."""
+        return self._cache.stats if self._cache else PrefixStats()
 
     @property
     def nbytes(self) -> int:
         """Bytes that were allocated."""
         return sum(tensor.nbytes for layer in (*self._paged(), *self._states()) for tensor in layer.tensors())
 
-    def open(self) -> Sequence:
-        """Start a sequence: a slot with the zero state and no pages. Raises OutOfSlots."""
+    def open(self, tokens: Seq[int] = (), *, salt: str = "", reuse: bool = True) -> Sequence:
+        """Start a sequence that will hold `tokens` and more; its position says how many it holds already.
+
+        Those come from the prefix cache, of sequences with the same salt only, and at least one
+        token is left to compute. Without `reuse` all are computed. Raises OutOfSlots.
+        """
         if not self._free_slots:
             raise OutOfSlots(
                 f"all {self.plan.slots} sequence slots are in use; close a sequence first, or raise max_num_seqs"
             )
-        slot = self._free_slots.pop()
+        self._serial += 1
+        sequence = Sequence(slot=self._free_slots.pop())
+        lease = self._leases[sequence.slot] = Lease(sequence, self._serial, salt=salt, planned=len(tokens))
+        if self._cache and reuse and tokens:
+            self._start_from_cache(self._cache, lease, tokens)
         for layer in self._states():
-            layer.open(slot)
-        sequence = Sequence(slot=slot)
-        self._leases[slot] = _Lease(sequence)
+            if sequence.position:
+                layer.copy(lease.nodes[-1].checkpoint, sequence.slot)
+            else:
+                layer.open(sequence.slot)
         return sequence
+
+    def new_pages(self, tokens: Seq[int], *, salt: str = "") -> int:
+        """How many of the available pages a sequence of these tokens and one more would take."""
+        shared = self._cache.shared(salt, tokens) if self._cache else 0
+        return self.plan.pages_for(len(tokens) + 1) - shared
+
+    def certain_limit(self, sequence: Sequence) -> int:
+        """Most certain tokens that the next chunk may bring, so that a state worth keeping is not passed.
+
+        A longer chunk is as right, but leaves less for others to start from.
+        """
+        return self._cache.certain_limit(self._lease(sequence, moved=True)) if self._cache else UNLIMITED
+
+    def draft_limit(self, sequence: Sequence) -> int:
+        """Most drafts after the one certain token of the next chunk; likewise."""
+        return self._cache.draft_limit(self._lease(sequence, moved=True)) if self._cache else UNLIMITED
 
     def reserve(self, chunks: Seq[Chunk]) -> Step:
         """Make room for each chunk after its sequence's tokens, and describe the step.
@@ -132,17 +156,19 @@ class Arena:
             self.plan.pages_for(chunk.sequence.position + len(chunk.tokens) + chunk.room) - len(chunk.sequence.pages)
             for chunk in chunks
         ]
-        if sum(missing) > len(self._free_pages):
+        if sum(missing) > self.available_pages:
             raise OutOfPages(
                 f"the step needs {sum(missing)} more pages of {self.plan.page_tokens} tokens, but "
-                f"{len(self._free_pages)} of {self.plan.pages} are free; close a sequence first"
+                f"{self.available_pages} of {self.plan.pages} are free; close a sequence first"
             )
         for chunk, count in zip(chunks, missing, strict=True):
             sequence, lease = chunk.sequence, self._leases[chunk.sequence.slot]
-            sequence.pages += [self._free_pages.pop() for _ in range(count)]
+            sequence.pages += self._take(count)
             sequence.reserved = (len(chunk.tokens), chunk.drafts)
+            lease.pending = list(chunk.tokens)
             lease.note()
-        return self._step([(item.sequence, item.sequence.position, item.tokens, item.drafts) for item in chunks])
+        rows = [(item.sequence, item.sequence.position, item.tokens, item.drafts) for item in chunks]
+        return lay_out(rows, self.plan.page_tokens, self.device)
 
     def draft_step(self, rows: Seq[tuple[Sequence, int, list[int]]]) -> Step:
         """Describe a pass of the draft head: tokens for rows from a position on, inside what is reserved.
@@ -150,19 +176,22 @@ class Arena:
         Its rows are as provisional as the step's own: those that are not advanced over are overwritten.
         """
         for sequence, start, tokens in rows:
-            lease = self._lease(sequence)
-            if lease.reserved is None or start + len(tokens) > len(sequence.pages) * self.plan.page_tokens:
+            lease, size = self._lease(sequence), self.plan.page_tokens
+            own = range(len(lease.nodes) * size, len(sequence.pages) * size + 1)
+            if lease.reserved is None or start not in own or start + len(tokens) not in own:
                 raise Refused(
-                    f"draft rows {start} to {start + len(tokens) - 1} lie outside of what is reserved for a sequence of "
-                    f"{sequence.position} tokens; reserve the step with more room"
+                    f"draft rows {start} to {start + len(tokens) - 1} lie outside of what is reserved for a sequence "
+                    f"of {sequence.position} tokens; reserve the step with more room"
                 )
-        return self._step([(sequence, start, tokens, 0) for sequence, start, tokens in rows])
+        described = [(sequence, start, tokens, 0) for sequence, start, tokens in rows]
+        return lay_out(described, self.plan.page_tokens, self.device)
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Make the first `count` tokens of the reserved chunk real: the only place where tokens become real.
 
         The certain ones are in the recurrent state already; the accepted drafts stay in the log and
-        the next step folds them in. Pages beyond the last real token are free again.
+        the next step folds them in. Pages beyond the last real token are free again, and complete
+        ones become visible to others: every layer's rows must be written by now, draft layers included.
         """
         lease = self._lease(sequence)
         if lease.reserved is None:
@@ -173,20 +202,42 @@ class Arena:
                 f"a step of {tokens} tokens, {drafts} of them drafts, was advanced by {count}; "
                 f"it can be advanced by {tokens - drafts} to {tokens}"
             )
+        folded = sequence.position + tokens - drafts
+        due = self._cache is not None and self._cache.due(lease, folded)
+        if due:
+            for layer in self._states():
+                layer.expect(sequence.slot, folded)
         sequence.position += count
         sequence.replay = count - (tokens - drafts)
         sequence.reserved = None
         kept = self.plan.pages_for(sequence.position)
         self._release(sequence.pages[kept:])
         del sequence.pages[kept:]
+        if self._cache:
+            lease.tokens += lease.pending[:count]
+            self._cache.publish(lease, sequence.pages)
+        if self._cache and due:
+            self._cache.save(lease, folded, lambda row: self._copy_state(sequence.slot, row))
         lease.note()
         if self.poison:
             self._erase_rejected(sequence)
 
-    def close(self, sequence: Sequence) -> None:
-        """Give a sequence's pages and slot back, at any time, also with a step under way."""
+    def close(self, sequence: Sequence, *, suspect: bool = False) -> None:
+        """Give a sequence's pages and slot back, at any time, also with a step under way.
+
+        The prefix cache keeps what is real of it. Of a `suspect` nothing stays to be started from, nor
+        of those that started from it, and its pages are wiped before anything else is written to them.
+        """
         # Whatever the sequence claims, what comes back is what its lease says was handed out.
-        self._release(self._lease(sequence, moved=True).pages)
+        lease = self._lease(sequence, moved=True)
+        own = lease.pages[len(lease.nodes) :]
+        if self._cache and suspect:
+            self._cache.expel(lease, [other for other in self._leases.values() if other is not lease])
+        elif self._cache and self._cache.close(lease, own[0] if own else None):
+            # A step that was under way wrote behind the last real token.
+            self._erase_lines(own[0], lease.position % self.plan.page_tokens)
+            own = own[1:]
+        self._release(own, wipe=suspect)
         if self.poison:
             for layer in self._states():
                 layer.erase(sequence.slot)
@@ -194,61 +245,48 @@ class Arena:
         del self._leases[sequence.slot]
         sequence.pages, sequence.slot, sequence.reserved, sequence.replay = [], -1, None, 0
 
+    def drop_cache(self) -> None:
+        """Empty the prefix cache. Sequences that are open go on, and leave nothing to others any more."""
+        if self._cache:
+            self._cache.tree.clear()
+
     def check(self) -> None:
-        """Raise Corrupted unless every page and slot is either free or held exactly once."""
-        held = [page for lease in self._leases.values() for page in lease.pages]
+        """Raise Corrupted unless every page and slot is free, held or cached, and counted as what it is."""
+        own = [page for lease in self._leases.values() for page in lease.pages[len(lease.nodes) :]]
+        shared = self._cache.check(self._leases.values()) if self._cache else []
         slots = [*self._free_slots, *self._leases]
         for what, found, total in (
-            ("pages", [*self._free_pages, *held], self.plan.pages),
+            ("pages", [*self._free_pages, *own, *shared], self.plan.pages),
             ("slots", slots, self.plan.slots),
         ):
             if sorted(found) != list(range(total)):
-                raise Corrupted(f"{len(found)} {what} are free or held, of which {len(set(found))} differ, not {total}")
+                raise Corrupted(
+                    f"{len(found)} {what} are free, held or cached, of which {len(set(found))} differ, not {total}"
+                )
         for lease in self._leases.values():
             self._lease(lease.sequence)
 
-    def _allocate(
-        self, specs: Seq[LayerSpec], plans: Seq[LayerPlan], measured: Frames, first: int
-    ) -> tuple[LayerMemory, ...]:
-        pairs = zip(specs, plans, strict=True)
-        return tuple(
-            self._layer(index, layer, planned, measured) for index, (layer, planned) in enumerate(pairs, first)
-        )
+    def _prefix_cache(self, interval: int | None) -> PrefixCache | None:
+        recurrent, first = bool(self._states()), self.plan.slots
+        if interval is None or (recurrent and not self.plan.checkpoints):
+            return None
+        rows = range(first, first + self.plan.checkpoints)
+        tree = Tree(rows, recurrent=recurrent, free_pages=self._release, free_row=self._erase_state)
+        return PrefixCache(tree, page_tokens=self.plan.page_tokens, interval=interval, recurrent=recurrent)
 
-    def _layer(self, index: int, layer: LayerSpec, planned: LayerPlan, measured: Frames) -> LayerMemory:
-        name = f"layer {index}"
-        match layer:
-            case Paged(fields=fields):
-                frames = tuple(
-                    frame_for(chosen, measured.get((index, field.name))).to(self.device)
-                    for field, chosen in zip(fields, planned.formats, strict=True)
-                )
-                return PagedLayer(
-                    name,
-                    layer,
-                    planned.formats,
-                    frames,
-                    self.kernels,
-                    pages=self.plan.pages,
-                    page_tokens=self.plan.page_tokens,
-                    poison=self.poison,
-                    check_finite=self._check_finite,
-                    device=self.device,
-                )
-            case Recurrent():
-                return StateLayer(
-                    name,
-                    layer,
-                    self.kernels,
-                    slots=self.plan.slots,
-                    drafts=self.plan.drafts,
-                    dtype=self.plan.dtype,
-                    poison=self.poison,
-                    check_finite=self._check_finite,
-                    device=self.device,
-                )
-            case Stateless():
-                return None
+    def _start_from_cache(self, cache: PrefixCache, lease: Lease, tokens: Seq[int]) -> None:
+        source, lines = cache.open(lease, tokens, self.free_pages)
+        sequence = lease.sequence
+        sequence.pages = [node.page for node in lease.nodes]
+        if source is not None:
+            (page,) = self._take(1)
+            for layer in self._paged():
+                layer.copy(source.page, page)
+            self._erase_lines(page, lines)
+            cache.tree.release(source)
+            sequence.pages.append(page)
+        sequence.position = len(lease.tokens)
+        lease.note()
 
     def _paged(self) -> list[PagedLayer]:
         return [layer for layer in (*self.layers, *self.draft_layers) if isinstance(layer, PagedLayer)]
@@ -278,7 +316,7 @@ class Arena:
                     f"{self.plan.longest}; shorten the prompt or raise max_model_len"
                 )
 
-    def _lease(self, sequence: Sequence, *, moved: bool = False) -> _Lease:
+    def _lease(self, sequence: Sequence, *, moved: bool = False) -> Lease:
         """Return what the slot really holds, or raise Corrupted when that is not what the sequence says.
 
         With `moved` the two may disagree on numbers, but still not on whose slot it is.
@@ -287,66 +325,38 @@ class Arena:
         if lease is None or lease.sequence is not sequence:
             state = "is closed" if sequence.slot < 0 else f"does not own slot {sequence.slot}"
             raise Corrupted(f"a sequence of {sequence.position} tokens {state}; open a new one and compute it again")
-        claimed = (sequence.position, sequence.replay, tuple(sequence.pages), sequence.reserved)
-        known = (lease.position, lease.replay, lease.pages, lease.reserved)
-        if claimed != known and not moved:
-            names = ("position", "replay", "pages", "reserved")
-            wrong = next(row for row in zip(names, claimed, known, strict=True) if row[1] != row[2])
-            raise Corrupted(
-                f"the sequence in slot {sequence.slot} says {wrong[0]} = {wrong[1]}, but its memory holds {wrong[2]}; "
-                "only the arena may change that: close it and compute it again"
-            )
+        if not moved:
+            lease.verify()
         return lease
 
-    def _release(self, pages: Seq[int]) -> None:
+    def _take(self, count: int) -> list[int]:
+        """Hand out free pages, after making some; the caller knows that there are enough."""
+        if self._cache and count > self.free_pages:
+            self._cache.tree.evict(count - self.free_pages)
+        return [self._free_pages.pop() for _ in range(count)]
+
+    def _release(self, pages: Seq[int], *, wipe: bool = False) -> None:
         self._free_pages += pages
-        if self.poison and pages:
+        if pages and (self.poison or wipe):
             for layer in self._paged():
-                layer.erase(pages)
+                layer.erase(pages, POISON if self.poison else 0)
+
+    def _copy_state(self, source: int, target: int) -> None:
+        for layer in self._states():
+            layer.copy(source, target)
+
+    def _erase_state(self, row: int) -> None:
+        if self.poison:
+            for layer in self._states():
+                layer.erase(row)
+
+    def _erase_lines(self, page: int, line: int) -> None:
+        if self.poison:
+            for layer in self._paged():
+                layer.erase_lines(page, line)
 
     def _erase_rejected(self, sequence: Sequence) -> None:
-        line = sequence.position % self.plan.page_tokens
-        for layer in self._paged():
-            if line:
-                layer.erase_lines(sequence.pages[-1], line)
+        if line := sequence.position % self.plan.page_tokens:
+            self._erase_lines(sequence.pages[-1], line)
         for layer in self._states():
             layer.erase_log(sequence.slot, sequence.replay)
-
-    def _step(self, rows: Seq[tuple[Sequence, int, list[int], int]]) -> Step:
-        """Lay out (sequence, first position, tokens, drafts) of each row."""
-        counts = [len(tokens) for _, _, tokens, _ in rows]
-        sequences = [sequence for sequence, *_ in rows]
-        total, longest, width = sum(counts), max(counts), max(len(item.pages) for item in sequences)
-        starts = [sum(counts[:row]) for row in range(len(counts))]
-        positions = [range(first, first + count) for (_, first, _, _), count in zip(rows, counts, strict=True)]
-        # A row of the table must hold real pages to its end, so that a gather never leaves memory.
-        table = [item.pages + [item.pages[-1] if item.pages else 0] * (width - len(item.pages)) for item in sequences]
-        return Step(
-            tokens=self._tensor([token for _, _, tokens, _ in rows for token in tokens]),
-            positions=self._tensor([position for row in positions for position in row]),
-            owner=self._tensor([row for row, count in enumerate(counts) for _ in range(count)]),
-            offset=self._tensor([place for count in counts for place in range(count)]),
-            gather=self._tensor(
-                [
-                    [min(start + min(place, max(count - 1, 0)), total - 1) for place in range(longest)]
-                    for start, count in zip(starts, counts, strict=True)
-                ]
-            ),
-            position=self._tensor([first for _, first, _, _ in rows]),
-            count=self._tensor(counts),
-            certain=self._tensor([len(tokens) - drafts for _, _, tokens, drafts in rows]),
-            replay=self._tensor([item.replay for item in sequences]),
-            slot=self._tensor([item.slot for item in sequences]),
-            pages=self._tensor(table),
-            page=self._tensor(
-                [
-                    item.pages[position // self.plan.page_tokens]
-                    for item, row in zip(sequences, positions, strict=True)
-                    for position in row
-                ]
-            ),
-            line=self._tensor([position % self.plan.page_tokens for row in positions for position in row]),
-        )
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)

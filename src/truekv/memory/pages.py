@@ -15,6 +15,7 @@ from truekv.core.lazy import torch
 from truekv.core.protocols import Stored
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     from truekv.core.batch import Step
@@ -64,6 +65,8 @@ class PagedLayer:
         self.layer = layer
         self.kernels = kernels
         self.check_finite = check_finite
+        self.probe: Callable[[tuple[Stored, ...], tuple[torch.Tensor, ...], Step], None] | None = None
+        """Shown what is stored, the rows that were given and the step, once the rows are stored."""
         stored: list[Stored] = []
         start = 0
         for field, chosen, frame in zip(layer.fields, formats, frames, strict=True):
@@ -82,11 +85,17 @@ class PagedLayer:
             self._check(rows)
         for stored, values in zip(self.stored, rows, strict=True):
             self.kernels.store(stored, values, step)
+        if self.probe is not None:
+            self.probe(self.stored, rows, step)
         return self.kernels.attend(queries, self.stored, scale, self.layer.window, step)
 
-    def erase(self, pages: Seq[int]) -> None:
-        """Fill whole pages with poison."""
-        self.data[list(pages)] = POISON
+    def copy(self, source: int, target: int) -> None:
+        """Copy a whole page."""
+        self.data[target] = self.data[source]
+
+    def erase(self, pages: Seq[int], byte: int = POISON) -> None:
+        """Fill whole pages with one byte."""
+        self.data[list(pages)] = byte
 
     def erase_lines(self, page: int, line: int) -> None:
         """Fill one page with poison from a line on."""
@@ -109,5 +118,6 @@ class PagedLayer:
             if bad := int((~torch.isfinite(values)).any(-1).any(-1).sum()):
                 raise Corrupted(
                     f"{self.name}: the rows of '{field.name}' hold NaN or infinity for {bad} of {len(values)} tokens; "
-                    "nothing was stored: check the weights and the compute dtype"
+                    "nothing was stored: check the weights and the compute dtype",
+                    layer=self.name,
                 )

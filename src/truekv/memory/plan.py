@@ -6,7 +6,7 @@ formats is one sum per page and one per slot, and memory is divided by those two
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from truekv.core.errors import DoesNotFit, Refused
@@ -60,7 +60,9 @@ class MemoryPlan:
     drafts: int
     dtype: Literal["float32", "bfloat16"]
     longest: int
-    """The context limit that was asked for, or the checkpoint's, in tokens."""
+    """The context limit that was asked for, or the model's, in tokens."""
+    checkpoints: int = 0
+    """Saved states of the prefix cache, each without a log."""
 
     @property
     def page_bytes(self) -> int:
@@ -73,9 +75,15 @@ class MemoryPlan:
         return sum(layer.state_bytes + layer.log_bytes for layer in (*self.layers, *self.draft_layers))
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one saved state: the states of every layer, without logs."""
+        return sum(layer.state_bytes for layer in (*self.layers, *self.draft_layers))
+
+    @property
     def total_bytes(self) -> int:
         """Everything that will be allocated for rows and states."""
-        return self.pages * self.page_bytes + self.slots * self.state_bytes_per_sequence
+        states = self.slots * self.state_bytes_per_sequence + self.checkpoints * self.checkpoint_bytes
+        return self.pages * self.page_bytes + states
 
     @property
     def max_tokens(self) -> int:
@@ -106,6 +114,8 @@ def plan(
     drafts: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
     draft_formats: Seq[Chosen] | None = None,
+    checkpoints: int | None = 0,
+    scratch: int = 0,
     reserved: int = 0,
 ) -> MemoryPlan:
     """Divide memory among layers, without allocating any.
@@ -113,28 +123,37 @@ def plan(
     `formats` holds one tuple per layer, with one format per field of a paged layer and none
     otherwise; `draft_formats` likewise for `spec.draft_layers`, None to leave those out. `memory` in
     bytes is for rows and states only; without it the plan takes what `max_num_seqs` sequences of
-    `max_model_len` tokens need. `drafts` is the capacity of the log. Raises DoesNotFit when one
-    sequence of `max_model_len` tokens, or one page per sequence, has no room; its sentence then asks for
-    memory on top of the `reserved` bytes (weights) of the device.
+    `max_model_len` tokens need. `drafts` is the capacity of the log. `checkpoints` saves so
+    many recurrent states for the prefix cache; None takes two per sequence and eight more, of a given
+    `memory` at most one eighth unless that is less than one per sequence, and never what a sequence
+    needs to run. `scratch` sequences of one page each come on top. Raises DoesNotFit when one
+    sequence of `max_model_len` tokens, or one page per sequence, has no room; its sentence then asks
+    for memory on top of the `reserved` bytes (weights) of the device.
     """
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
         raise Refused(
             f"max_model_len is {max_model_len}, but this checkpoint has positions for 1 to {spec.max_positions} tokens"
         )
-    if max_num_seqs < 1 or drafts < 0:
-        raise Refused(f"a plan needs at least 1 sequence and 0 drafts, not {max_num_seqs} and {drafts}")
+    if max_num_seqs < 1 or min(drafts, checkpoints or 0) < 0:
+        found = f"{max_num_seqs}, {drafts} and {checkpoints}"
+        raise Refused(f"a plan needs at least 1 sequence, 0 drafts and 0 checkpoints, not {found}")
     longest = max_model_len or spec.max_positions
     layers = _layer_plans(spec.layers, formats, dtype, drafts)
     draft_layers = _layer_plans(spec.draft_layers, draft_formats, dtype, drafts) if draft_formats is not None else ()
     draft = MemoryPlan(layers, draft_layers, PAGE_TOKENS, 0, max_num_seqs, drafts, dtype, longest)
+    aside = scratch * (draft.page_bytes + draft.state_bytes_per_sequence)
+    room = None if memory is None else memory - aside
+    saved = _checkpoints(draft, room, max_model_len or 1) if checkpoints is None else checkpoints
+    kept = saved * draft.checkpoint_bytes
     pages = max_num_seqs * draft.pages_for(longest)
     # Layers without rows leave nothing to divide: their pages are numbers that cost no bytes.
-    if memory is not None and draft.page_bytes:
-        pages = (memory - max_num_seqs * draft.state_bytes_per_sequence) // draft.page_bytes
-    result = MemoryPlan(layers, draft_layers, PAGE_TOKENS, pages, max_num_seqs, drafts, dtype, longest)
-    if memory is not None:
-        _check_fits(result, memory, max_model_len or 1, spec, draft_formats is not None, reserved)
-    return result
+    if room is not None and draft.page_bytes:
+        pages = (room - max_num_seqs * draft.state_bytes_per_sequence - kept) // draft.page_bytes
+    result = replace(draft, pages=pages, checkpoints=saved)
+    if room is not None:
+        aside += kept
+        _check_fits(result, room - kept, max_model_len or 1, spec, draft_formats is not None, reserved + aside)
+    return replace(result, pages=pages + scratch, slots=max_num_seqs + scratch)
 
 
 def readable(count: int) -> str:
@@ -185,6 +204,16 @@ def _layer_plan(index: int, layer: LayerSpec, formats: Formats, dtype: str, draf
             return LayerPlan(index, "recurrent", (), 0, 0, state_bytes(layer, dtype), log_bytes(layer, dtype, drafts))
         case Stateless():
             return LayerPlan(index, "stateless", (), 0, 0, 0, 0)
+
+
+def _checkpoints(draft: MemoryPlan, memory: int | None, tokens: int) -> int:
+    """How many saved states are worth their bytes."""
+    size = draft.checkpoint_bytes
+    wanted = 2 * draft.slots + 8 if size else 0
+    if memory is None or not size:
+        return wanted
+    room = memory - _needed(draft.slots, tokens, draft.page_bytes, draft.state_bytes_per_sequence)
+    return min(wanted, max(0, room) // size, max(draft.slots, memory // 8 // size))
 
 
 def _needed(slots: int, tokens: int, page: int, state: int) -> int:

@@ -1,4 +1,4 @@
-"""The state of one recurrent layer: a slot per sequence, and the log of its last drafts.
+"""The state of one recurrent layer: a slot per sequence, the log of its last drafts, and saved states.
 
 A slot holds the state after every token that is certain. Drafts are only logged: what the rule needs
 of each one to fold it in. The next step folds those that were accepted; the others are forgotten,
@@ -55,13 +55,14 @@ class StateLayer:
         kernels: Kernels,
         *,
         slots: int,
+        checkpoints: int,
         drafts: int,
         dtype: str,
         poison: bool,
         check_finite: bool,
         device: torch.device | str,
     ) -> None:
-        """Allocate [slots, *shape] per state slab and [slots, drafts, *shape] per log slab."""
+        """Allocate [slots + checkpoints, *shape] per state slab and [slots, drafts, *shape] per log slab."""
         self.name = name
         self.layer = layer
         self.kernels = kernels
@@ -72,9 +73,9 @@ class StateLayer:
             kind = getattr(torch, dtype if slab.dtype == "model" else slab.dtype)
             return torch.full((*leading, *slab.shape), fill, dtype=kind, device=device)
 
-        self.state = {item.name: slab(item, slots) for item in layer.state}
+        self.state = {item.name: slab(item, slots + checkpoints) for item in layer.state}
         self.log = {item.name: slab(item, slots, drafts) for item in layer.log}
-        self.folded = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        self.folded = torch.full((slots + checkpoints,), -1, dtype=torch.int64, device=device)
 
     def scan(self, inputs: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], step: Step) -> torch.Tensor:
         """Carry the state through the step; see core.protocols.StateMemory.
@@ -97,16 +98,27 @@ class StateLayer:
             slab[slot] = 0
         self.folded[slot] = 0
 
-    def erase(self, slot: int) -> None:
-        """Fill a slot and its log with poison."""
-        for slab in (*self.state.values(), *self.log.values()):
-            slab[slot] = math.nan
-        self.folded[slot] = -1
+    def copy(self, source: int, target: int) -> None:
+        """Copy a state, and how many tokens are in it, from a slot or saved row to another."""
+        for slab in (*self.state.values(), self.folded):
+            slab[target] = slab[source]
+
+    def expect(self, slot: int, tokens: int) -> None:
+        """Raise Corrupted unless a slot holds the state after so many tokens, with check_finite."""
+        if self.check_finite and int(self.folded[slot]) != tokens:
+            raise self._misplaced(slot, int(self.folded[slot]), tokens)
+
+    def erase(self, row: int) -> None:
+        """Fill a slot and its log, or a saved row, with poison."""
+        for slab in self.state.values():
+            slab[row] = math.nan
+        self.folded[row] = -1
+        self.erase_log(row, 0)
 
     def erase_log(self, slot: int, accepted: int) -> None:
-        """Fill the log with poison from the first draft that was not accepted."""
+        """Fill the log with poison from the first draft that was not accepted; saved rows have none."""
         for slab in self.log.values():
-            slab[slot, accepted:] = math.nan
+            slab[slot : slot + 1, accepted:] = math.nan
 
     def tensors(self) -> Seq[torch.Tensor]:
         """Every tensor this layer allocated."""
@@ -117,10 +129,14 @@ class StateLayer:
         expected = step.position - step.replay
         if not torch.equal(held, expected):
             row = int((held != expected).nonzero()[0, 0])
-            raise Corrupted(
-                f"{self.name}: slot {int(step.slot[row])} holds the state after {int(held[row])} tokens, but the step "
-                f"expects {int(expected[row])}; the sequence must be closed and computed again"
-            )
+            raise self._misplaced(int(step.slot[row]), int(held[row]), int(expected[row]))
+
+    def _misplaced(self, slot: int, held: int, expected: int) -> Corrupted:
+        return Corrupted(
+            f"{self.name}: slot {slot} holds the state after {held} tokens, but the step "
+            f"expects {expected}; the sequence must be closed and computed again",
+            layer=self.name,
+        )
 
     def _check_finite(self, what: str, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
         finite = self.kernels.ops.finite
@@ -128,5 +144,6 @@ class StateLayer:
             name = next(name for name, tensor in tensors.items() if not finite(tensor, rows=rows))
             raise Corrupted(
                 f"{self.name}: {what} '{name}' of the rule {self.layer.rule} holds NaN or infinity: "
-                "check the weights and the compute dtype"
+                "check the weights and the compute dtype",
+                layer=self.name,
             )

@@ -6,11 +6,13 @@ Shapes: T tokens of a step, C hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from truekv.core.spec import ModelSpec
 from truekv.models.blocks import Embedding, Head, RMSNorm, Shapes, norm
+from truekv.models.draft import no_draft_head
 from truekv.models.ffn import MoeShape
 from truekv.models.rotary import Rotary
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from truekv.core.protocols import DraftHead, LayerMemory
     from truekv.core.spec import LayerSpec
     from truekv.core.weights import Weights
+    from truekv.models.draft import DraftShape
     from truekv.models.ffn import FeedForward, MlpShape
     from truekv.models.reading import Sizes
     from truekv.models.rotary import Angles, Rope
@@ -138,6 +141,16 @@ class LayerShape:
             **(self.ffn.tensors(ffn_prefix) if ffn is None else ffn),
         }
 
+    def build(self, weights: Weights, prefix: str, eps: float, *, zero_centred: bool) -> Layer:
+        """Compose the layer from its tensors."""
+        mixer = self.mixer.build(weights, f"{prefix}{self.mixer_name}.")
+        ffn = self.ffn.build(weights, f"{prefix}{self.ffn_name}.")
+        before, between = (
+            norm(weights, f"{prefix}{name}", eps, zero_centred=zero_centred)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        )
+        return Layer((before, mixer), (between, ffn))
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -156,6 +169,10 @@ class DecoderShape:
     ignored: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     """Regular expressions (full match) of tensors that stay float32 whatever the compute dtype."""
+    draft: DraftShape | None = None
+    """The head that the config announces."""
+    drafted: bool = False
+    """Whether that head is loaded too."""
 
     @classmethod
     def of(
@@ -181,10 +198,22 @@ class DecoderShape:
 
     @functools.cached_property
     def layouts(self) -> tuple[Shapes, ...]:
-        """Every layout that `build` takes: under each prefix, experts one by one, and fused where there are any."""
-        mixture = any(isinstance(layer.ffn, MoeShape) for layer in self.layers)
-        ways = (False, True) if mixture else (False,)
-        return tuple(self._tensors(prefix, fused=fused) for prefix in self.prefixes for fused in ways)
+        """Every layout that `build` takes: under each prefix, experts one by one, and fused where there are any.
+
+        A checkpoint may hold the head's experts in another way than the trunk's.
+        """
+        trunks = [self._tensors(prefix, fused=fused) for prefix in self.prefixes for fused in _ways(*self.layers)]
+        if self.draft is None or not self.drafted:
+            return tuple(trunks)
+        heads = [self.draft.tensors(self.spec.hidden_size, fused=fused) for fused in _ways(self.draft.layer)]
+        return tuple(trunk | head for trunk, head in itertools.product(trunks, heads))
+
+    def with_draft_head(self) -> DecoderShape:
+        """Return the same with its head's tensors; see core.protocols.Architecture."""
+        if self.draft is None or len(self.spec.draft_layers) != 1:
+            raise no_draft_head(self.spec)
+        ignored = (*(name for name in self.ignored if name != self.draft.names), *self.draft.copies)
+        return replace(self, drafted=True, ignored=ignored)
 
     def _tensors(self, prefix: str, *, fused: bool) -> Shapes:
         hidden, vocabulary = self.spec.hidden_size, self.spec.vocab_size
@@ -201,17 +230,19 @@ class DecoderShape:
     def build(self, weights: Weights) -> Decoder:
         """Compose the model from its tensors, in any of its layouts."""
         prefix = next(item for item in self.prefixes if f"{item}embed_tokens.weight" in weights)
-
-        def layer_norm(name: str) -> RMSNorm:
-            return norm(weights, f"{prefix}{name}", self.eps, zero_centred=self.zero_centred)
-
         embedding = weights.linear(f"{prefix}embed_tokens")
-        layers: list[Layer] = []
-        for index, layer in enumerate(self.layers):
-            name = f"layers.{index}."
-            mixer = layer.mixer.build(weights, f"{prefix}{name}{layer.mixer_name}.")
-            ffn = layer.ffn.build(weights, f"{prefix}{name}{layer.ffn_name}.")
-            norms = layer_norm(f"{name}input_layernorm"), layer_norm(f"{name}post_attention_layernorm")
-            layers.append(Layer((norms[0], mixer), (norms[1], ffn)))
-        head = Head(layer_norm("norm"), embedding if self.tied else weights.linear("lm_head"))
-        return Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, weights.ops))
+        layers = [
+            layer.build(weights, f"{prefix}layers.{index}.", self.eps, zero_centred=self.zero_centred)
+            for index, layer in enumerate(self.layers)
+        ]
+        final = norm(weights, f"{prefix}norm", self.eps, zero_centred=self.zero_centred)
+        head = Head(final, embedding if self.tied else weights.linear("lm_head"))
+        model = Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, weights.ops))
+        if self.draft is not None and self.drafted:
+            model.draft_head = self.draft.build(weights, model, self.eps, zero_centred=self.zero_centred)
+        return model
+
+
+def _ways(*layers: LayerShape) -> tuple[bool, ...]:
+    """Return the layouts of experts that layers may have: fused or not, if they have experts."""
+    return (False, True) if any(isinstance(layer.ffn, MoeShape) for layer in layers) else (False,)

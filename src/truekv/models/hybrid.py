@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from truekv.models.blocks import Embedding, Head, Shapes, norm
 from truekv.models.decoder import Decoder, Layer
+from truekv.models.draft import no_draft_head
 from truekv.models.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -113,6 +114,10 @@ class HybridShape:
         for index, layer in enumerate(self.layers):
             shapes |= layer.tensors(f"{self.prefix}layers.{index}.", hidden)
         return shapes
+
+    def with_draft_head(self) -> HybridShape:
+        """Refuse: no head of these families is implemented."""
+        raise no_draft_head(self.spec)
 
     def build(self, weights: Weights) -> Decoder:
         """Compose the model from its tensors."""

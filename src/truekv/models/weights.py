@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
@@ -60,6 +60,20 @@ class Checkpoint:
             raise Refused(f"{directory} holds hf_quant_config.json: {_UNQUANTIZED}")
         config = Config(read_json(directory / "config.json", MAX_CONFIG_BYTES), str(directory / "config.json"))
         return cls(directory, config, understand(config), read_headers(directory, partial=not weights))
+
+    def with_draft_head(self) -> Checkpoint:
+        """Return the same with its multi-token-prediction head among what is checked and loaded.
+
+        Raises Refused where config or files hold none, or one that is not implemented.
+        """
+        architecture = self.architecture.with_draft_head()
+        head = [name for name in architecture.tensors if name not in self.architecture.tensors]
+        if self.headers and not any(name in self.headers for name in head):
+            raise Refused(
+                f"{self.directory} holds no tensor of the multi-token-prediction head that its config announces, such "
+                f"as {quoted(head[0])}; speculate with the method ngram, which needs none"
+            )
+        return replace(self, architecture=architecture)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any, Final
 import truekv
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
+from truekv.kernels.table import NATIVE
 
 if TYPE_CHECKING:
+    from truekv.core.batch import Step
+    from truekv.core.lazy import torch
     from truekv.core.options import EngineOptions
-    from truekv.core.protocols import CacheFormat
+    from truekv.core.protocols import CacheFormat, Model
     from truekv.core.spec import ModelSpec
     from truekv.engine.generate import Engine
+    from truekv.engine.speculate.drafting import Drafter
     from truekv.engine.tokens import Tokenizer
     from truekv.formats.frame import Frame
     from truekv.kernels.table import Kernels
+    from truekv.memory.arena import Arena
     from truekv.memory.plan import MemoryPlan
     from truekv.models.weights import Checkpoint
     from truekv.serve.messages import ChatTemplate
@@ -65,21 +70,32 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     from truekv.serve.messages import ChatTemplate
 
     checkpoint = Checkpoint.open(locate(model))
+    predicts = options.speculative_config is not None and options.speculative_config.method == "mtp"
+    if predicts:
+        checkpoint = checkpoint.with_draft_head()
     spec = checkpoint.architecture.spec
     dtype = checkpoint.compute_dtype(options.dtype)
-    formats = choose_formats(spec, options.kv_cache_dtype, options.kv_cache_map, dtype)
+    asked = options.kv_cache_dtype, options.kv_cache_map, dtype
+    formats = choose_formats(spec, *asked)
+    draft_formats = choose_formats(spec, *asked, draft=True) if predicts else None
+    names, draft_names = ([chosen or () for chosen in group] for group in (formats, draft_formats or ()))
+    kernels = select(spec, names, draft_names, backend=options.kernel_backend)
     planned = plan(
         spec,
         formats,
+        draft_formats=draft_formats,
         memory=options.memory,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         drafts=options.drafts,
         dtype=dtype,
+        checkpoints=None if options.enable_prefix_caching else 0,
+        # A captured step's padding is a sequence of its own.
+        scratch=int(captures(options, kernels)),
     )
+    _fits_guesses(options, planned)
     measured = _measured(checkpoint, options.kv_cache_frames, model)
-    _permit(spec, formats, measured, model)
-    kernels = select(spec, [chosen or () for chosen in formats], backend=options.kernel_backend)
+    _permit(spec, formats, draft_formats or (), measured, model)
     tokenizer = Tokenizer.open(checkpoint.directory)
     template = ChatTemplate.open(checkpoint.directory)
     checkpoint.check()
@@ -93,20 +109,64 @@ def build(blueprint: Blueprint) -> Engine:
     from truekv.engine.schedule import Schedule
     from truekv.engine.tokens import end_tokens
     from truekv.memory.arena import Arena
+    from truekv.trust.sentinel import Sentinel
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
     model = checkpoint.load(blueprint.dtype, blueprint.kernels.ops)
-    arena = Arena(model.spec, plan, blueprint.kernels, blueprint.frames, poison=options.debug_poison)
+    captured = captures(options, blueprint.kernels)
+    arena = Arena(
+        model.spec,
+        plan,
+        blueprint.kernels,
+        blueprint.frames,
+        poison=options.debug_poison,
+        # What is replayed cannot stop half-way; the runner looks at the numbers that come out.
+        check_finite=not captured,
+        prefix_interval=options.prefix_checkpoint_interval if options.enable_prefix_caching else None,
+    )
+    # Captured steps come first: what their padding holds is nobody's any more.
+    runner = Runner(model, arena, _replayed(model, arena) if captured else None)
+    drafter = _drafter(options, model, arena)
     schedule = Schedule(
-        pages=plan.pages,
+        pages=arena.available_pages,
         page_tokens=plan.page_tokens,
         sequences=options.max_num_seqs,
         step_tokens=options.max_num_batched_tokens,
+        draft_room=drafter.room if drafter else 0,
     )
-    ends = end_tokens(checkpoint.directory, blueprint.tokenizer)
     return Engine(
-        Runner(model, arena), schedule, blueprint.tokenizer, ends=ends, max_model_len=plan.max_context_one_sequence
+        runner,
+        schedule,
+        blueprint.tokenizer,
+        ends=end_tokens(checkpoint.directory, blueprint.tokenizer),
+        max_model_len=min(plan.longest, arena.available_pages * plan.page_tokens),
+        drafting=drafter,
+        observer=Sentinel(model, arena) if options.sentinel else None,
     )
+
+
+def captures(options: EngineOptions, kernels: Kernels) -> bool:
+    """Whether small steps are recorded and replayed: docs/decisions/capture.md says where that pays."""
+    return options.capture == "on" or (options.capture == "auto" and kernels.backend == NATIVE)
+
+
+def _replayed(model: Model, arena: Arena) -> Callable[[Step], torch.Tensor]:
+    from truekv.engine.capture import StepGraphs
+
+    def forward(step: Step) -> torch.Tensor:
+        return model.forward(step, arena.layers)
+
+    return StepGraphs(forward, arena)
+
+
+def _drafter(options: EngineOptions, model: Model, arena: Arena) -> Drafter | None:
+    from truekv.engine.speculate.drafting import Drafter
+    from truekv.engine.speculate.mtp import Predictor
+
+    speculation = options.speculative_config
+    if speculation is None:
+        return None
+    return Drafter(speculation, Predictor(model, arena) if speculation.method == "mtp" else None)
 
 
 def _measured(checkpoint: Checkpoint, asked: str | None, model: str) -> Measured:
@@ -127,11 +187,20 @@ def _measured(checkpoint: Checkpoint, asked: str | None, model: str) -> Measured
     return frames
 
 
-def _permit(spec: ModelSpec, formats: Formats, measured: Measured, model: str) -> None:
+def _fits_guesses(options: EngineOptions, planned: MemoryPlan) -> None:
+    """Refuse more guesses than the context holds."""
+    if options.drafts >= planned.max_context_one_sequence:
+        raise Refused(
+            f"num_speculative_tokens is {options.drafts}, but the context holds {planned.max_context_one_sequence} "
+            "tokens; guess fewer, or raise max_model_len or the memory"
+        )
+
+
+def _permit(spec: ModelSpec, formats: Formats, draft_formats: Formats, measured: Measured, model: str) -> None:
     """Refuse what the verdict does not let run."""
     from truekv.trust.verdict import judge
 
-    verdict = judge(spec, formats, measured, model=model)
+    verdict = judge(spec, formats, measured, model=model, draft_formats=draft_formats)
     if verdict.answer != "run":
         raise Refused(verdict.reason)
 

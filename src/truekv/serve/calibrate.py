@@ -36,7 +36,7 @@ def run(model: str, *, prompts: str | None, output: str | None, export: str | No
     default: beside the weights. `export`: LAYOUT=DIRECTORY, to write fp8 scales for other engines too.
     Everything that can be refused is, before the model is loaded.
     """
-    checkpoint = Checkpoint.open(locate(model))
+    checkpoint = _headed(Checkpoint.open(locate(model)))
     checkpoint.check()
     path = _writable(Path(output) if output else checkpoint.directory / FRAMES_FILE)
     layout = _layout(checkpoint, export) if export else None
@@ -51,6 +51,14 @@ def run(model: str, *, prompts: str | None, output: str | None, export: str | No
     else:
         _show(calibration, written)
     return 0
+
+
+def _headed(checkpoint: Checkpoint) -> Checkpoint:
+    """Take in the prediction head if the checkpoint has one, so that its layers are measured with the others."""
+    try:
+        return checkpoint.with_draft_head()
+    except Refused:
+        return checkpoint
 
 
 def _writable(path: Path) -> Path:
@@ -78,7 +86,8 @@ def _placed(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _export(checkpoint: Checkpoint, calibration: Calibration, layout: str, directory: Path) -> list[Path]:
     scales: Scales = {}
-    for source in calibration.sources:
+    trunk = len(checkpoint.architecture.spec.layers)
+    for source in (item for item in calibration.sources if item.layer < trunk):
         # One scale for all heads is the largest of theirs.
         scales.setdefault(source.layer, {})[source.field] = TensorScale(source.static[1], source.rms)
     spec, config = checkpoint.architecture.spec, checkpoint.config.values

@@ -8,29 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from truekv.core.errors import Refused, TrueKVError
-from truekv.core.options import EngineOptions, SamplingParams
-from truekv.serve.flags import (  # noqa: TC001 (typer reads annotations when it runs)
+from truekv.core.errors import TrueKVError
+from truekv.serve.flags import (
     AsJson,
-    Backend,
     CacheDtype,
     CacheK,
     CacheMap,
     CacheV,
     Dtype,
-    Frames,
+    EngineFlags,
     HadamardK,
     HadamardV,
     Logprobs,
     MaxModelLen,
-    MaxTokens,
     Messages,
     Model,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
+    SamplingFlags,
+    cache_dtype,
+    grouped,
 )
 
 if TYPE_CHECKING:
@@ -67,29 +62,16 @@ def _options(  # pyright: ignore[reportUnusedFunction] (typer calls it)
 
 
 @app.command()
+@grouped
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT|-", help="- reads the prompt from stdin.")] = None,
     *,
     messages: Messages = None,
     chat: Annotated[bool, typer.Option("--chat", help="Make the PROMPT a user message of the chat template.")] = False,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    stop: Stop = None,
+    sampling: SamplingFlags,
     logprobs: Logprobs = 0,
-    kv_cache_dtype: CacheDtype = None,
-    ctk: CacheK = None,
-    ctv: CacheV = None,
-    khad: HadamardK = False,
-    vhad: HadamardV = False,
-    kv_cache_map: CacheMap = "",
-    kv_cache_frames: Frames = None,
-    max_model_len: MaxModelLen = None,
-    dtype: Dtype = "auto",
-    kernel_backend: Backend = "auto",
+    engine: EngineFlags,
     as_json: AsJson = False,
 ) -> None:
     """Complete a prompt, or answer a conversation; the text streams to the terminal.
@@ -101,36 +83,23 @@ def generate(
 
     * `cat prompt.txt | truekv generate ./model - --temperature 0.7 --seed 1`
 
+    * `truekv generate tiny-dense --chat "Is 7 * 8 = 56?" --choice yes --choice no`
+
     """
     from truekv.serve.generate import run
 
-    params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop, logprobs)
-    cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
-    run(model, prompt, messages, options, params, chat=chat, as_json=as_json)
+    params = sampling.params(logprobs)
+    run(model, prompt, messages, engine.options(), params, chat=chat, as_json=as_json)
 
 
 @app.command()
+@grouped
 def chat(
     model: Model,
     *,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    stop: Stop = None,
-    kv_cache_dtype: CacheDtype = None,
-    ctk: CacheK = None,
-    ctv: CacheV = None,
-    khad: HadamardK = False,
-    vhad: HadamardV = False,
-    kv_cache_map: CacheMap = "",
-    kv_cache_frames: Frames = None,
-    max_model_len: MaxModelLen = None,
-    dtype: Dtype = "auto",
-    kernel_backend: Backend = "auto",
+    sampling: SamplingFlags,
+    engine: EngineFlags,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -140,10 +109,8 @@ def chat(
     """
     from truekv.serve.chat import run
 
-    params = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
-    cache = cache_dtype(kv_cache_dtype, ctk, ctv, khad=khad, vhad=vhad)
-    options = _engine(cache, kv_cache_map, kv_cache_frames, max_model_len, dtype, kernel_backend)
-    run(model, options, params, system)
+    params = sampling.params()
+    run(model, engine.options(), params, system)
 
 
 @app.command()
@@ -216,7 +183,7 @@ def doctor(
     """
     from truekv.serve.doctor import run
 
-    return run(model, _engine(kv_cache_dtype or "auto", "", None, None, "auto", "auto"), as_json=as_json)
+    return run(model, EngineFlags(kv_cache_dtype=kv_cache_dtype).options(), as_json=as_json)
 
 
 @app.command()
@@ -261,55 +228,6 @@ def demo(
     from truekv.serve.demo.run import run
 
     return run(only, seed, as_json=as_json)
-
-
-def _sampling(
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    stop: list[str] | None,
-    logprobs: int = 0,
-) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-        logprobs=logprobs,
-    )
-
-
-def _engine(
-    cache: str, layers: str, frames: str | None, length: int | None, dtype: Dtype, backend: str
-) -> EngineOptions:
-    return EngineOptions(
-        dtype=dtype,
-        kv_cache_dtype=cache,
-        kv_cache_map=layers,
-        kv_cache_frames=frames,
-        max_model_len=length,
-        max_num_seqs=1,
-        kernel_backend=backend,
-    )
-
-
-def cache_dtype(both: str | None, k: str | None, v: str | None, *, khad: bool, vhad: bool) -> str:
-    """Join the two spellings of a cache format into one FORMAT or K/V.
-
-    A side that is not named stays bf16, as it stays f16 in llama.cpp.
-    """
-    if both is not None and (k or v):
-        raise Refused("--kv-cache-dtype and -ctk/-ctv name the same thing; use one of them")
-    if not (k or v or khad or vhad):
-        return both or "auto"
-    if (khad or vhad) and not (both or k or v):
-        raise Refused("-khad and -vhad rotate what -ctk and -ctv name; add for example -ctk q8_0 -ctv q4_0")
-    first, _, second = (both or f"{k or 'bf16'}/{v or 'bf16'}").partition("/")
-    return "/".join(name + "+hadamard" * turned for name, turned in ((first, khad), (second or first, vhad)))
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def run(
 
 def answer(llm: LLM, tokens: list[int], params: SamplingParams, out: Printer | None) -> Result:
     """Generate for one prompt and print text as it comes; a bar shows when the prompt takes long to read."""
-    from truekv.engine.generate import Sampled, Stored
+    from truekv.engine.events import Sampled, Stored
     from truekv.serve.progress import Bar
 
     shown = 0

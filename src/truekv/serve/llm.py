@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
-from truekv.core.errors import Corrupted, Refused
+from truekv.core.errors import Refused, TrueKVError
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
-from truekv.core.options import EngineOptions, SamplingParams, Speculation
+from truekv.core.options import EngineOptions, SamplingParams
+from truekv.engine.generate import Asked
+from truekv.serve.speculation import read_speculation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from truekv.engine.generate import Engine, Sampled, Stored
+    from truekv.core.options import Speculation
+    from truekv.engine.events import Sampled, Stored
+    from truekv.engine.generate import Engine
     from truekv.engine.sample import Logprob
 
 Prompt = str | list[int]
@@ -29,12 +33,13 @@ class EngineKeywords(TypedDict, total=False):
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
-    speculative_config: Speculation | None
+    speculative_config: Speculation | Mapping[str, Any] | str | None
     enable_prefix_caching: bool
     prefix_checkpoint_interval: int
     capture: Literal["auto", "on", "off"]
     memory: int | None
     kernel_backend: str
+    sentinel: bool
     debug_poison: bool
 
 
@@ -44,6 +49,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ class Result:
     seed: int | None
     """The seed that gives these tokens again; None when none was needed."""
     logprobs: list[Position] | None
+    prompt_logprobs: list[Position] | None
+    """Of every prompt token but the first."""
     kv_plan: dict[str, Any]
     """What memory really stored: format and bytes of every layer."""
 
@@ -86,9 +95,11 @@ class _Draft:
 
     seed: int | None
     prompt_tokens: int
+    cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list[int])
     text: str = ""
     logprobs: list[Position] = field(default_factory=list[Position])
+    prompt_logprobs: list[Position] = field(default_factory=list[Position])
 
 
 class LLM:
@@ -102,18 +113,23 @@ class LLM:
         """
         from truekv.serve.assemble import build, design, effective
 
-        fields = {name: name for name in EngineKeywords.__annotations__}
+        known = {name: name for name in EngineKeywords.__annotations__}
         for name in options:
-            choose("option", name, fields)
+            choose("option", name, known)
+        speculation = read_speculation(options.pop("speculative_config", None))
         self.model = model
-        self._blueprint = design(model, EngineOptions(**options))
+        self._blueprint = design(
+            model, EngineOptions(**cast("dict[str, Any]", options), speculative_config=speculation)
+        )
         self._engine: Engine = build(self._blueprint)
         self._plan = effective(self._blueprint)
 
     @classmethod
     def open(cls, model: str, options: EngineOptions) -> LLM:
         """Load a model with options that are at hand as one value."""
-        return cls(model, **cast("EngineKeywords", asdict(options)))
+        return cls(
+            model, **cast("EngineKeywords", {field.name: getattr(options, field.name) for field in fields(options)})
+        )
 
     @property
     def kv_plan(self) -> dict[str, Any]:
@@ -130,28 +146,46 @@ class LLM:
         """How the engine runs."""
         return self._blueprint.options
 
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was done so far: steps, tokens, preemptions, drafts by place, prefix cache, and what the guards saw."""
+        engine = self._engine
+        return {**asdict(engine.stats), "sentinel": engine.observer.report() if engine.observer else None}
+
     def generate(
         self,
         prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
     ) -> list[Result]:
         """Answer one prompt or many at once, text or token ids; returns one Result each, in order.
 
-        All prompts are checked before any is run. If the numbers of one become non-finite the others
-        are still finished, then Corrupted is raised.
+        `priority`: one number per prompt, of which lower ones go first. `cache_salt`: only prompts of
+        the same salt share what the prefix cache holds. All prompts are checked before any is run. If one
+        fails (Corrupted: its numbers became non-finite; ConstraintFailed) the others are still finished,
+        then its error is raised.
         """
         listed = _as_list(prompts)
         one = params if isinstance(params, SamplingParams) else SamplingParams()
         several = [one] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(several) != len(listed):
             raise Refused(f"there are {len(listed)} prompts and {len(several)} params; give one for all, or one each")
-        events = self._run([self.tokens(prompt) for prompt in listed], several)
+        ranks = [0] * len(listed) if priority is None else list(priority)
+        if len(ranks) != len(listed):
+            raise Refused(f"there are {len(listed)} prompts and {len(ranks)} priorities; give one each")
+        asked = [
+            Asked(self.tokens(prompt), wanted, rank, cache_salt)
+            for prompt, wanted, rank in zip(listed, several, ranks, strict=True)
+        ]
+        events = self._run(asked)
         results = {place: event for place, event in events if isinstance(event, Result)}
         return [results[place] for place in range(len(listed))]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Stored | Sampled | Result]:
         """Answer one prompt and yield what happens as it happens; the Result comes last."""
-        for _, event in self._run([self.tokens(prompt)], [params or SamplingParams()]):
+        for _, event in self._run([Asked(self.tokens(prompt), params or SamplingParams())]):
             yield event
 
     def chat(
@@ -219,30 +253,32 @@ class LLM:
         finally:
             arena.close(held)
 
-    def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> Iterator[tuple[int, Stored | Sampled | Result]]:
+    def _run(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Stored | Sampled | Result]]:
         """Run prompts together and yield (which prompt, what happened to it)."""
-        from truekv.engine.generate import Ended, Failed, Sampled
+        from truekv.engine.events import Ended, Failed, Sampled, Stored
 
         engine = self._engine
-        requests = engine.add_all(zip(prompts, params, strict=True))
+        requests = engine.add_all(asked)
         places = {request.identity: place for place, request in enumerate(requests)}
         drafts = [_Draft(engine.seed(request), len(request.prompt)) for request in requests]
-        failed: Corrupted | None = None
+        failed: TrueKVError | None = None
         for event in engine.run(requests):
-            place = places[event.request]
+            place = places.get(event.request)
+            if place is None:
+                continue
             match event:
+                case Stored():
+                    drafts[place].cached_tokens = event.cached
+                    drafts[place].prompt_logprobs += [self._position(found) for found in event.logprobs]
+                    yield place, event
                 case Sampled():
                     self._grow(drafts[place], event)
                     yield place, event
                 case Ended():
                     drafts[place].text += event.text
-                    yield place, self._result(drafts[place], event.reason, params[place])
+                    yield place, self._result(drafts[place], event.reason, asked[place].params)
                 case Failed():
                     failed = failed or event.error
-                case _:
-                    yield place, event
         if failed:
             raise failed
 
@@ -265,9 +301,10 @@ class LLM:
             tokens=draft.tokens,
             text=draft.text if self._blueprint.tokenizer else None,
             finish_reason=reason,
-            usage=Usage(draft.prompt_tokens, len(draft.tokens)),
+            usage=Usage(draft.prompt_tokens, len(draft.tokens), draft.cached_tokens),
             seed=draft.seed,
             logprobs=draft.logprobs if params.logprobs else None,
+            prompt_logprobs=None if params.prompt_logprobs is None else draft.prompt_logprobs,
             kv_plan=self.kv_plan,
         )
 

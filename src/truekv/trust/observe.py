@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal, Protocol, cast
 
 from truekv.core.batch import Chunk
 from truekv.core.errors import Corrupted, Refused
+from truekv.core.lazy import torch
 from truekv.core.spec import Paged
 from truekv.engine.run import Runner
 from truekv.formats.choice import choose_formats
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Sequence as Held
     from truekv.core.batch import Step
-    from truekv.core.lazy import torch
-    from truekv.core.protocols import LayerMemory, Model, PagedMemory
+    from truekv.core.protocols import DraftHead, LayerMemory, Model, PagedMemory
     from truekv.core.spec import Field, ModelSpec
     from truekv.formats.frame import Frame
 
@@ -107,35 +107,61 @@ class Watch:
         return self._memory.attend(queries, rows, scale, step)
 
 
-def places(spec: ModelSpec) -> dict[Place, Field]:
-    """Return every field of every paged layer; draft layers are not among them."""
+def places(spec: ModelSpec, *, draft: bool = False) -> dict[Place, Field]:
+    """Return every field of every paged layer; with `draft`, those of the prediction head too."""
     return {
         (index, item.name): item
-        for index, layer in enumerate(spec.layers)
+        for index, layer in enumerate((*spec.layers, *(spec.draft_layers if draft else ())))
         if isinstance(layer, Paged)
         for item in layer.fields
     }
 
 
 def watch(spec: ModelSpec, layers: Sequence[LayerMemory], sinks: Mapping[Place, Sink]) -> tuple[LayerMemory, ...]:
-    """Return the memory of all layers with a watch before each paged one."""
+    """Return the memory of all layers, or of these and the prediction head's, with a watch before each paged one."""
+    specs = (*spec.layers, *spec.draft_layers)[: len(layers)]
     return tuple(
         Watch(cast("PagedMemory", memory), layer, [sinks[index, item.name] for item in layer.fields])
         if isinstance(layer, Paged)
         else memory
-        for index, (layer, memory) in enumerate(zip(spec.layers, layers, strict=True))
+        for index, (layer, memory) in enumerate(zip(specs, layers, strict=True))
     )
 
 
+class Headed:
+    """A model whose prediction head follows each of its passes, over the same tokens, and stores its rows too."""
+
+    def __init__(self, model: Model, head: DraftHead, arena: Arena) -> None:
+        """`arena` has the head's layers."""
+        self.spec = model.spec
+        self.draft_head = head
+        self.logits = model.logits
+        self.following: list[int] = []
+        """The token that follows the pass, where it is known: the prompt goes on."""
+        self._model = model
+        self._arena = arena
+
+    def forward(self, step: Step, memory: Sequence[LayerMemory]) -> torch.Tensor:
+        """Return the model's residuals, once the head has passed over them."""
+        hidden_TC = self._model.forward(step, memory)
+        last = step.count.cumsum(0) - 1
+        tokens = step.tokens.roll(-1)
+        known = torch.tensor(self.following, dtype=tokens.dtype, device=tokens.device)
+        tokens[last] = known if self.following else self.logits(hidden_TC[last]).argmax(-1)
+        state_TC = self.draft_head.begin(hidden_TC)
+        self.draft_head.forward(state_TC, replace(step, tokens=tokens), self._arena.draft_layers)
+        return hidden_TC
+
+
 class Session:
-    """A model and an unquantized memory whose paged layers are watched."""
+    """A model and an unquantized memory whose paged layers are watched, those of its prediction head included."""
 
     def __init__(
         self, model: Model, dtype: Literal["float32", "bfloat16"], longest: int, ends: frozenset[int], decode: int
     ) -> None:
         """Allocate float32 rows for BATCH sequences of `longest` tokens; refuse a model without rows."""
-        spec = model.spec
-        self.fields = places(spec)
+        spec, head = model.spec, model.draft_head
+        self.fields = places(spec, draft=head is not None)
         if not self.fields:
             raise Refused("this model has no layer with a KV cache, so there is nothing to calibrate")
         if longest > spec.max_positions:
@@ -144,10 +170,12 @@ class Session:
                 f"{spec.max_positions}; shorten the prompts"
             )
         formats = [chosen or () for chosen in choose_formats(spec, "f32", "", dtype)]
-        layout = plan(spec, formats, max_model_len=longest, max_num_seqs=BATCH, dtype=dtype)
-        self._arena = Arena(spec, layout, select(spec, formats))
-        self._spec, self._layers = spec, self._arena.layers
-        self._runner = Runner(model, self._arena)
+        drafts = [chosen or () for chosen in choose_formats(spec, "f32", "", dtype, draft=True)] if head else None
+        layout = plan(spec, formats, draft_formats=drafts, max_model_len=longest, max_num_seqs=BATCH, dtype=dtype)
+        self._arena = Arena(spec, layout, select(spec, formats, drafts or ()))
+        self._spec, self._layers = spec, (*self._arena.layers, *self._arena.draft_layers)
+        self._headed = None if head is None else Headed(model, head, self._arena)
+        self._runner = Runner(self._headed or model, self._arena)
         self._ends = ends
         self._decode = decode
         self.decoded = 0
@@ -155,7 +183,9 @@ class Session:
 
     def run(self, prompts: Sequence[Sequence[int]], sinks: Mapping[Place, Sink]) -> None:
         """Store prompts one by one, then continue them together; at most BATCH of them."""
-        self._arena.layers = watch(self._spec, self._layers, sinks)
+        watched = watch(self._spec, self._layers, sinks)
+        trunk = len(self._arena.layers)
+        self._arena.layers, self._arena.draft_layers = watched[:trunk], watched[trunk:]
         sequences = [self._arena.open() for _ in prompts]
         try:
             self._continue(
@@ -169,7 +199,10 @@ class Session:
         """Store a prompt and return the token that follows it."""
         following = -1
         for start in range(0, len(prompt), _PREFILL):
-            (following,) = self._step([Chunk(held, prompt[start : start + _PREFILL])])
+            end = start + _PREFILL
+            if self._headed is not None:
+                self._headed.following = prompt[end : end + 1]
+            (following,) = self._step([Chunk(held, prompt[start:end])])
         return following
 
     def _continue(self, running: list[tuple[Held, int]]) -> None:

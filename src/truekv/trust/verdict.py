@@ -30,10 +30,12 @@ def judge(
     measured: Collection[tuple[int, str]] = (),
     *,
     model: str,
+    draft_formats: Sequence[tuple[CacheFormat, ...] | None] = (),
 ) -> Verdict:
     """Judge the formats chosen for every layer of a model.
 
-    `formats` holds one tuple per layer of the spec, None (or nothing) for a layer without rows.
+    `formats` holds one tuple per layer of the spec, None (or nothing) for a layer without rows, and
+    `draft_formats` likewise for the layers of the prediction head, or nothing where it does not run.
     `measured` names each (layer, field) that has a measured frame; given the frames themselves, a
     calibrated format is refused on one whose scale nobody measured. `model` is what the user called
     the model.
@@ -43,7 +45,7 @@ def judge(
         frames = cast("Mapping[tuple[int, str], Frame]", measured)
     lacking: list[tuple[int, str, str]] = []
     used: dict[str, None] = {}
-    for index, field, chosen in _stored(spec, formats):
+    for index, field, chosen in _stored(spec, formats, draft_formats):
         used[chosen.name] = None
         if not chosen.calibrated:
             continue
@@ -67,10 +69,15 @@ def _by_default(frame: Frame) -> bool:
 
 
 def _stored(
-    spec: ModelSpec, formats: Sequence[tuple[CacheFormat, ...] | None]
+    spec: ModelSpec,
+    formats: Sequence[tuple[CacheFormat, ...] | None],
+    draft_formats: Sequence[tuple[CacheFormat, ...] | None],
 ) -> Iterator[tuple[int, str, CacheFormat]]:
     """Yield (layer, field name, format) of everything that is stored."""
-    for index, (layer, chosen) in enumerate(zip(spec.layers, formats, strict=True)):
+    layers = list(zip(spec.layers, formats, strict=True))
+    if draft_formats:
+        layers += zip(spec.draft_layers, draft_formats, strict=True)
+    for index, (layer, chosen) in enumerate(layers):
         if isinstance(layer, Paged):
             for field, one in zip(layer.fields, chosen or (), strict=True):
                 yield index, field.name, one

@@ -14,6 +14,7 @@ from memory.toys import gqa
 
 from truekv.core.errors import Corrupted
 from truekv.core.protocols import Stored
+from truekv.core.recording import recording
 from truekv.core.spec import Field
 from truekv.formats.choice import codecs
 from truekv.formats.frame import Frame, frame_for
@@ -95,16 +96,29 @@ def test_rows_may_be_strided_as_models_make_them() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_rows_that_are_not_finite_are_refused_before_anything_is_stored(bad: float) -> None:
-    for name in ("bf16", "int8", "kv4", "q4_0"):
-        _, field = place(name, 64, 2, 20)
+def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_other(bad: float) -> None:
+    for name in ("f32", "bf16", "fp8_e5m2", "int8", "kv4", "turboquant_3bit", "q4_0", "q5_1"):
+        fields = place(name, 64, 2, 20)
         rows = torch.randn(20, 2, 64)
-        rows[17, 1, 63] = bad
-        before = field.data.clone()
         step = make_step([20], [20], torch.tensor([[1]]))
+        native.store(fields[0], rows, step)
+        rows[17, 1, 63] = bad
         with pytest.raises(Corrupted, match="1 of 40 cache rows hold NaN or infinity"):
-            native.store(field, rows, step)
-        assert torch.equal(field.data, before)
+            native.store(fields[1], rows, step)
+        with recording():
+            native.store(fields[1], rows, step)
+            reference.store(fields[0], rows, step)
+        assert torch.equal(fields[0].data, fields[1].data)
+        stored = torch.cat([plane[1, 1, 17] for plane in reference.planes(fields[1])])
+        assert fields[1].format.decode(stored, 64).isnan().all()
+
+
+def test_a_token_of_no_line_is_stored_nowhere() -> None:
+    _, field = place("int8", 64, 2, 40)
+    before = field.data.clone()
+    step = make_step([3], [3], torch.tensor([[1]]))
+    native.store(field, torch.full((3, 2, 64), math.nan), dataclasses.replace(step, line=torch.tensor([-1, -1, -1])))
+    assert torch.equal(field.data, before)
 
 
 def test_a_frame_that_overflows_is_refused() -> None:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 NAME: Final = "libtruekv_native.so"
+NativeCall = tuple[Any, ctypes.Structure]
+"""A function of the library and its arguments."""
 
 
 class Library:
-    """The loaded library. `isa` is the instruction set whose kernels `call` runs."""
+    """The loaded library. `isa` is the instruction set whose kernels `call` runs, or those of the best one below it."""
 
     def __init__(self, path: Path) -> None:
         """Load it; torch comes first, so that both share one OpenMP runtime and its threads."""
@@ -28,12 +30,15 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         machine = self._library.truekv_machine
         machine.restype = ctypes.c_char_p
+        self.replay = self._library.truekv_replay
+        self.replay.argtypes = (ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+        self.replay.restype = None
         self.isas: tuple[str, ...] = tuple(machine().decode().split())
         """What this machine can run, the slowest first."""
         self.isa = self.isas[-1]
-        self.recorder: Callable[[Callable[[], None]], None] | None = None
+        self.recorder: Callable[[NativeCall], None] | None = None
         """Told of every call that was made, so that a captured step can make it again on the same buffers."""
-        self._functions: dict[tuple[str, str], Callable[..., None]] = {}
+        self._functions: dict[tuple[str, str], Any] = {}
 
     def call(self, op: str, arguments: ctypes.Structure) -> None:
         """Run an operation with its arguments; the caller keeps the tensors alive that they point to."""
@@ -43,7 +48,7 @@ class Library:
         pointer = ctypes.byref(arguments)
         function(pointer)
         if self.recorder is not None:
-            self.recorder(functools.partial(function, pointer))
+            self.recorder((function, arguments))
 
     @contextmanager
     def using(self, isa: str) -> Generator[None]:
@@ -56,7 +61,7 @@ class Library:
             self.isa = before
 
     @contextmanager
-    def recorded(self, recorder: Callable[[Callable[[], None]], None]) -> Generator[None]:
+    def recorded(self, recorder: Callable[[NativeCall], None]) -> Generator[None]:
         """Tell `recorder` of every call inside the block."""
         self.recorder = recorder
         try:
@@ -64,17 +69,37 @@ class Library:
         finally:
             self.recorder = None
 
-    def _bind(self, op: str, arguments: type[ctypes.Structure]) -> Callable[..., None]:
-        size = getattr(self._library, f"truekv_{op}_size_{self.isa}")()
+    def _bind(self, op: str, arguments: type[ctypes.Structure]) -> Any:  # noqa: ANN401 (ctypes has no public name for it)
+        runnable = self.isas[: self.isas.index(self.isa) + 1]
+        variant = next(isa for isa in reversed(runnable) if hasattr(self._library, f"truekv_{op}_{isa}"))
+        size = getattr(self._library, f"truekv_{op}_size_{variant}")()
         if size != ctypes.sizeof(arguments):
             raise Refused(
                 f"the native library takes {size} bytes of arguments for {op}, this truekv gives "
                 f"{ctypes.sizeof(arguments)}: it belongs to another version; install the package again"
             )
-        function = getattr(self._library, f"truekv_{op}_{self.isa}")
+        function = getattr(self._library, f"truekv_{op}_{variant}")
         function.restype = None
         self._functions[op, self.isa] = function
         return function
+
+
+class Calls:
+    """Calls that were recorded, to be made again by the library itself, without Python between them."""
+
+    def __init__(self, calls: list[NativeCall]) -> None:
+        """Keep what they point to; the caller keeps alive what that points to."""
+        native = library()
+        assert native is not None
+        self._calls = calls
+        self._replay = native.replay
+        pointers = ctypes.c_void_p * len(calls)
+        self._functions = pointers(*(ctypes.cast(function, ctypes.c_void_p).value for function, _ in calls))
+        self._arguments = pointers(*(ctypes.addressof(arguments) for _, arguments in calls))
+
+    def __call__(self) -> None:
+        """Make them."""
+        self._replay(len(self._calls), self._functions, self._arguments)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
+from truekv.core.recording import is_recording
 from truekv.kernels.native import stored as layout
 from truekv.kernels.native.library import run
 from truekv.kernels.native.stored import StoredField, as_structure
@@ -84,7 +85,7 @@ def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
 def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
     """Take rows [T, K, D] into the field's frame, encode them and write row t to line `step.line[t]` of its page.
 
-    Raises Corrupted if a row is not finite; nothing was stored then.
+    A row that is not finite is stored as NaN, and raises Corrupted unless the step is being recorded.
     """
     rows, bf16 = _readable(rows_THD)
     broken = torch.empty(1, dtype=torch.int64)
@@ -100,10 +101,10 @@ def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
         bf16=bf16,
     )
     run("store", arguments)
-    if count := int(broken):
+    if not is_recording() and (count := int(broken)):
         raise Corrupted(
             f"{count} of {rows.shape[0] * rows.shape[1]} cache rows hold NaN or infinity before encoding; "
-            "nothing was stored: check the weights and the compute dtype"
+            "the step is lost: check the weights and the compute dtype"
         )
 
 
@@ -118,7 +119,7 @@ def attend(
     readable = [_readable(query) for query in queries]
     tokens, query_heads = queries[0].shape[:2]
     bf16 = readable[0][1]
-    out = torch.zeros(
+    out = torch.empty(
         tokens, query_heads, value.field.dim, dtype=torch.bfloat16 if bf16 else torch.float32, device=queries[0].device
     )
     arguments = Attend(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
+from truekv.core.recording import is_recording
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -49,9 +50,16 @@ def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
 def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
     """Take rows [T, K, D] into the field's frame, encode them and write row t to line `step.line[t]` of its page.
 
-    Raises Corrupted if a row is not finite; nothing was stored then.
+    A row that is not finite raises Corrupted, or is stored as NaN where the step is being recorded. Tokens of line -1
+    belong to nobody: their rows go to the last line of a page that nobody reads.
     """
-    encoded = stored.format.encode(stored.frame.rows(rows_THD))
+    framed = stored.frame.rows(rows_THD)
+    if is_recording():
+        broken = ~torch.isfinite(framed).all(-1, keepdim=True)
+        # All bits set are NaN in every format, as number or as scale.
+        encoded = stored.format.encode(framed.masked_fill(broken, 0.0)).masked_fill(broken, 0xFF)
+    else:
+        encoded = stored.format.encode(framed)
     start = 0
     for plane in planes(stored):
         width = plane.shape[-1]
@@ -122,6 +130,8 @@ def attend(
             total_BKM = total_BKM * old + part * new
             mean_BKMV = mean_BKMV * old[..., None] + weighted * new[..., None]
             highest_BKM = raised_BKM
+    # A row without tokens sees nothing, and weighs nothing.
+    total_BKM = total_BKM.masked_fill(total_BKM == 0, 1.0)
     out_BKMV = (mean_BKMV / total_BKM[..., None])[:, :, : group * longest]
     out_BQKGV = out_BKMV.reshape(batch, heads, group, longest, value.field.dim).permute(0, 3, 1, 2, 4)
     out_THV = out_BQKGV[step.owner, step.offset].flatten(1, 2)

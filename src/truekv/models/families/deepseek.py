@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from truekv.core.errors import Refused
 from truekv.core.ops import Routing
 from truekv.models.decoder import DecoderShape, LayerShape
+from truekv.models.draft import DraftShape
 from truekv.models.ffn import MlpShape, MoeShape
 from truekv.models.mixers.mla import read_mla
 from truekv.models.reading import Sizes
@@ -66,12 +67,30 @@ def read_latent_decoder(
     # The multi-token-prediction layers follow the last one under its numbers. Checkpoints hold them
     # even where the config has been stripped of the field that counts them.
     past_end = "|".join(str(sizes.layers + index) for index in range(max(1, drafts)))
+    draft = _draft(LayerShape("self_attn", attention, mixture), f"model.layers.{sizes.layers}.", past_end)
     return dataclasses.replace(
         shape,
         spec=dataclasses.replace(shape.spec, draft_layers=(attention.spec(),) * drafts),
-        ignored=(*shape.ignored, rf"model\.layers\.({past_end})\..*", r"model\.layers\.\d+\.self_attn\.rotary_emb\..*"),
+        ignored=(*shape.ignored, draft.names, r"model\.layers\.\d+\.self_attn\.rotary_emb\..*"),
+        draft=draft,
         # The bias decides between experts whose scores are close: bfloat16 would choose others.
         float32=(r".*\.e_score_correction_bias",),
+    )
+
+
+def _draft(layer: LayerShape, prefix: str, past_end: str) -> DraftShape:
+    """Describe the head that follows the last layer; it always mixes experts."""
+    return DraftShape(
+        layer,
+        prefix=prefix,
+        layer_prefix=prefix,
+        embedding_norm="enorm",
+        state_norm="hnorm",
+        join="eh_proj",
+        norm="shared_head.norm",
+        names=rf"model\.layers\.({past_end})\..*",
+        # Released checkpoints hold the trunk's embedding and output head a second time under these names.
+        copies=(rf"model\.layers\.({past_end})\.(embed_tokens|shared_head\.head)\.weight",),
     )
 
 

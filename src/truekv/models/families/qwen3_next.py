@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, cast
 from truekv.core.errors import Refused
 from truekv.core.ops import Routing
 from truekv.models.decoder import DecoderShape, LayerShape
+from truekv.models.draft import DraftShape
 from truekv.models.ffn import MlpShape, MoeShape
 from truekv.models.mixers.gdn import GdnShape
 from truekv.models.mixers.gqa import GqaShape
@@ -36,7 +37,8 @@ class Qwen3Next:
             raise Refused(f"{config.where}: 'mlp_only_layers' is {dense!r}, but must be a list of layers")
         mlp = MlpShape(sizes.hidden, config.integer("intermediate_size", mixture.shared_inner))
         ffns = [mlp if index in dense or (index + 1) % every else mixture for index in range(sizes.layers)]
-        return read_hybrid(config, "qwen3_next", sizes, ffns, packed=True)
+        # Released configs do not say that the checkpoint has a head.
+        return read_hybrid(config, "qwen3_next", sizes, ffns, packed=True, drafts=1)
 
 
 def read_mixture(config: Config, hidden: int, *, normalised: bool) -> MoeShape:
@@ -53,6 +55,23 @@ def read_mixture(config: Config, hidden: int, *, normalised: bool) -> MoeShape:
         config.integer("moe_intermediate_size"),
         shared_inner=config.integer("shared_expert_intermediate_size"),
         shared_gate=True,
+    )
+
+
+def _read_attention(config: Config, sizes: Sizes) -> GqaShape:
+    """Read the sizes of the gated attention."""
+    bias = config.boolean("attention_bias", default=False)
+    return GqaShape(
+        sizes.hidden,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        bias=bias,
+        out_bias=bias,
+        head_norm=True,
+        zero_centred=True,
+        eps=sizes.eps,
+        gated=True,
     )
 
 
@@ -83,21 +102,13 @@ def read_hybrid(
     *,
     packed: bool,
     prefixes: tuple[str, ...] = ("model.",),
+    drafts: int = 0,
 ) -> DecoderShape:
-    """Read the rest of a GDN hybrid and close its config; `ffns` has one block per layer."""
-    bias = config.boolean("attention_bias", default=False)
-    attention = GqaShape(
-        sizes.hidden,
-        sizes.heads,
-        sizes.kv_heads,
-        sizes.head_dim,
-        bias=bias,
-        out_bias=bias,
-        head_norm=True,
-        zero_centred=True,
-        eps=sizes.eps,
-        gated=True,
-    )
+    """Read the rest of a GDN hybrid and close its config.
+
+    `ffns` has one block per layer; `drafts` counts the prediction layers where the config does not.
+    """
+    attention = _read_attention(config, sizes)
     recurrence = _read_gdn(config, sizes, packed=packed)
     every = config.integer("full_attention_interval", 4, high=1024)
     usual = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(sizes.layers)]
@@ -109,7 +120,7 @@ def read_hybrid(
         for kind, ffn in zip(kinds, ffns, strict=True)
     )
     rope = read_rope(config, sizes.head_dim, sizes.max_positions, partial=0.25)
-    drafts = config.integer("mtp_num_hidden_layers", 0, low=0, high=16)
+    drafts = config.integer("mtp_num_hidden_layers", drafts, low=0, high=16)
     config.only("mtp_use_dedicated_embeddings", False)  # noqa: FBT003 (a neutral value, not a switch)
     config.only("attn_output_gate", True)  # noqa: FBT003 (a neutral value, not a switch)
     config.only("output_gate_type", "swish", "silu")
@@ -120,9 +131,28 @@ def read_hybrid(
         shape,
         spec=dataclasses.replace(shape.spec, draft_layers=(attention.spec(),) * drafts),
         prefixes=prefixes,
-        ignored=(*shape.ignored, r"mtp\..*"),
+        ignored=(*shape.ignored, _DRAFT_NAMES),
+        draft=_draft(attention, ffns),
         # The decay is exp(-exp(A_log) * ...): bfloat16 there moves how long a state remembers.
         float32=(r".*\.A_log", r".*\.dt_bias"),
+    )
+
+
+_DRAFT_NAMES: Final = r"mtp\..*"
+
+
+def _draft(attention: GqaShape, ffns: Seq[MlpShape | MoeShape]) -> DraftShape:
+    """Describe Qwen's head: its layer is one of full attention, with experts where the trunk has any."""
+    ffn = next((ffn for ffn in ffns if isinstance(ffn, MoeShape)), ffns[0])
+    return DraftShape(
+        LayerShape("self_attn", attention, ffn),
+        prefix="mtp.",
+        layer_prefix="mtp.layers.0.",
+        embedding_norm="pre_fc_norm_embedding",
+        state_norm="pre_fc_norm_hidden",
+        join="fc",
+        norm="norm",
+        names=_DRAFT_NAMES,
     )
 
 

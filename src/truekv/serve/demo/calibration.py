@@ -37,7 +37,7 @@ DUMMY_TOKENS = 256
 class Unopened(Arena):
     """Hands out a state slot as its last user left it, which is what a profiling pass gets."""
 
-    def open(self) -> Held:
+    def open(self, tokens: Sequence[int] = (), *, salt: str = "", reuse: bool = True) -> Held:
         """Give a slot without zeroing it."""
         slot = self._free_slots[-1]
         kept = [
@@ -46,7 +46,7 @@ class Unopened(Arena):
             if isinstance(layer, StateLayer)
             for slab in layer.state.values()
         ]
-        held = super().open()
+        held = super().open(tokens, salt=salt, reuse=reuse)
         for slab, values in kept:
             slab[slot] = values
         return held

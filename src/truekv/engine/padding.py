@@ -1,0 +1,105 @@
+"""A step of a fixed size: any smaller step is laid into it, and what is left belongs to nobody.
+
+Rows that are left have no tokens, so kernels do nothing for them; they name a slot and a page of scratch, since an
+index must lead somewhere. Tokens that are left follow those of the last row, are owned by a row without tokens and
+go to line -1: no row reads them and they are stored nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from truekv.core.batch import Step
+from truekv.core.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """The shape of a step."""
+
+    tokens: int
+    """T."""
+    rows: int
+    """B."""
+    longest: int
+    """Q, most tokens of a row."""
+    pages: int
+    """W, width of the page table."""
+
+    @classmethod
+    def of(cls, step: Step) -> StepSize:
+        """Measure a step."""
+        rows, longest = step.gather.shape
+        return cls(len(step.tokens), rows, longest, step.pages.shape[1])
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"{self.tokens} tokens, {self.rows} rows of up to {self.longest} and {self.pages} pages"
+
+    def holds(self, step: StepSize) -> bool:
+        """Whether a step of another size can be laid into this one."""
+        # Tokens that are left need a row without tokens to own them.
+        rows = step.rows + (self.tokens > step.tokens)
+        return (
+            self.tokens >= step.tokens
+            and self.rows >= rows
+            and self.longest >= step.longest
+            and self.pages >= step.pages
+        )
+
+
+def nobody(size: StepSize, slot: int, page: int, device: torch.device) -> Step:
+    """Describe a step of this size without a row that has tokens; indices lead to this slot and this page."""
+    tokens, rows = (size.tokens,), (size.rows,)
+
+    def filled(shape: tuple[int, ...], value: int = 0) -> torch.Tensor:
+        return torch.full(shape, value, dtype=torch.int64, device=device)
+
+    return Step(
+        tokens=filled(tokens),
+        positions=filled(tokens),
+        owner=filled(tokens, size.rows - 1),
+        offset=filled(tokens),
+        gather=filled((size.rows, size.longest)),
+        position=filled(rows),
+        count=filled(rows),
+        certain=filled(rows),
+        replay=filled(rows),
+        slot=filled(rows, slot),
+        pages=filled((size.rows, size.pages), page),
+        page=filled(tokens, page),
+        line=filled(tokens, -1),
+    )
+
+
+class PaddedStep:
+    """Buffers that hold one step after the other, and the first one wherever a later one leaves room."""
+
+    def __init__(self, step: Step, tensors: Seq[torch.Tensor] = ()) -> None:
+        """Copy the first step, and tensors [T, ...] that go with it."""
+        values = [getattr(step, field.name) for field in fields(step)]
+        self._first = torch.cat([value.flatten() for value in values])
+        self._numbers = self._first.clone()
+        parts = torch.split(self._numbers, [math.prod(value.shape) for value in values])
+        views = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+        self.step = Step(*views)
+        """The buffers, which stay where they are."""
+        self.tensors = tuple(tensor.clone() for tensor in tensors)
+        """Those that go with it."""
+
+    def put(self, step: Step, tensors: Seq[torch.Tensor] = ()) -> None:
+        """Lay in a step that is no larger; nothing of the one before stays."""
+        self._numbers.copy_(self._first)
+        for field in fields(step):
+            value, buffer = getattr(step, field.name), getattr(self.step, field.name)
+            for dim, length in enumerate(value.shape):
+                buffer = buffer.narrow(dim, 0, length)
+            buffer.copy_(value)
+        for tensor, buffer in zip(tensors, self.tensors, strict=True):
+            buffer[: len(tensor)] = tensor
+            buffer[len(tensor) :] = 0

@@ -1,0 +1,373 @@
+"""Captured and eager steps of any mix give the same bits, in hidden states and in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from random_models import save_dense, save_hybrid, save_latent, save_mamba
+
+from truekv.core.batch import Chunk, Step
+from truekv.core.errors import Refused
+from truekv.engine import capture, padding, recording
+from truekv.engine.capture import Captured, StepGraphs
+from truekv.formats.choice import choose_formats
+from truekv.kernels.native.library import library
+from truekv.kernels.table import select
+from truekv.memory.arena import Arena
+from truekv.memory.pages import PagedLayer
+from truekv.memory.plan import plan
+from truekv.memory.states import StateLayer
+from truekv.models.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from truekv.core.protocols import Model
+
+DRAFTS, SEQUENCES, LONGEST = 3, 4, 300
+FAMILIES = {"dense": save_dense, "gdn": save_hybrid, "mamba2": save_mamba, "mla": save_latent}
+native_only = pytest.mark.skipif(library() is None, reason="the native library is not built")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    saved: dict[str, Path] = {}
+
+    def opened(family: str) -> Checkpoint:
+        if family not in saved:
+            saved[family] = FAMILIES[family](tmp_path_factory.mktemp(family))
+        return Checkpoint.open(str(saved[family]))
+
+    return opened
+
+
+@pytest.fixture(autouse=True)
+def _narrow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences outgrow their page tables too."""
+    monkeypatch.setattr(capture, "NARROWEST", 1)
+
+
+class Twins:
+    """One model, and the same sequences in two arenas: one run eagerly, the other captured."""
+
+    def __init__(self, checkpoint: Checkpoint, kv: str, backend: str, dtype: Any = "float32") -> None:
+        spec = checkpoint.architecture.spec
+        formats = choose_formats(spec, kv, "", dtype)
+        kernels = select(spec, formats, backend=backend)
+        planned = plan(spec, formats, max_model_len=LONGEST, max_num_seqs=SEQUENCES + 1, drafts=DRAFTS, dtype=dtype)
+        self.model: Model = checkpoint.load(dtype, kernels.ops)
+        self.eager, self.captured = (Arena(spec, planned, kernels, poison=True, check_finite=False) for _ in range(2))
+        self.graphs = StepGraphs(lambda step: self.model.forward(step, self.captured.layers), self.captured)
+        # The twin gives the same slot and page away, so that all later ones are the same.
+        self.eager.reserve([Chunk(self.eager.open(), [0])])
+        self.held = [(self.eager.open(), self.captured.open()) for _ in range(SEQUENCES)]
+
+    def step(self, asked: dict[int, tuple[list[int], int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run (tokens, drafts, accepted) of some sequences in both arenas; return both hidden states."""
+        hidden: list[torch.Tensor] = []
+        for side, arena in enumerate((self.eager, self.captured)):
+            chunks = [Chunk(self.held[index][side], tokens, drafts) for index, (tokens, drafts, _) in asked.items()]
+            step = arena.reserve(chunks)
+            with torch.inference_mode():
+                hidden.append(self.graphs(step) if side else self.model.forward(step, arena.layers))
+            for chunk, (tokens, drafts, accepted) in zip(chunks, asked.values(), strict=True):
+                arena.advance(chunk.sequence, len(tokens) - drafts + accepted)
+        return hidden[0], hidden[1]
+
+    def memories(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Every page and slot of every layer in both arenas, but those of the scratch."""
+        slot, (page, *_) = self.graphs.scratch.slot, self.graphs.scratch.pages
+        for one, other in zip(self.eager.layers, self.captured.layers, strict=True):
+            if isinstance(one, PagedLayer) and isinstance(other, PagedLayer):
+                pages = [index for index in range(len(one.data)) if index != page]
+                yield one.name, one.data[pages], other.data[pages]
+            elif isinstance(one, StateLayer) and isinstance(other, StateLayer):
+                slots = [index for index in range(len(one.folded)) if index != slot]
+                for ours, theirs in zip(one.tensors(), other.tensors(), strict=True):
+                    yield one.name, ours[slots], theirs[slots]
+
+
+def mixes(seed: int, steps: int) -> Iterator[dict[int, tuple[list[int], int, int]]]:
+    """Prompts in chunks first, then any mix of rows of 1 + k tokens, of which any number is accepted."""
+    source = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [source.randrange(300) for _ in range(count)]
+
+    for index in range(SEQUENCES):
+        yield {index: (tokens(source.choice((2, 5, 31, 40, 70))), 0, 0)}
+    for _ in range(steps):
+        rows = source.sample(range(SEQUENCES), source.randint(1, SEQUENCES))
+        asked: dict[int, tuple[list[int], int, int]] = {}
+        limit = source.choice((0, DRAFTS))
+        for index in rows:
+            drafts = source.randint(0, limit)
+            asked[index] = tokens(1 + drafts), drafts, source.randint(0, drafts)
+        yield asked
+
+
+def differences(twins: Twins, seed: int = 0, steps: int = 16) -> Iterator[str]:
+    """Name whatever differs in any bit after each step."""
+    for number, asked in enumerate(mixes(seed, steps)):
+        eager, captured = twins.step(asked)
+        if not torch.equal(eager, captured):
+            yield f"hidden states of step {number}"
+        for name, ours, theirs in twins.memories():
+            if not torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)):
+                yield f"memory of {name} after step {number}"
+
+
+@native_only
+@pytest.mark.parametrize(
+    ("kv", "dtype"),
+    [("f32", "float32"), ("bf16", "bfloat16"), ("int8", "float32"), ("turboquant_3bit_nc", "bfloat16")],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_are_bitwise_those_run_eagerly(
+    checkpoint: Callable[[str], Checkpoint], family: str, kv: str, dtype: str
+) -> None:
+    twins = Twins(checkpoint(family), kv, "native", dtype)
+    assert twins.eager.kernels.backend == "native"
+    assert not list(differences(twins))
+    assert twins.graphs.replays >= 16
+    assert 0 < twins.graphs.eager <= SEQUENCES
+    assert 4 <= twins.graphs.recorded < twins.graphs.replays
+    twins.captured.check()
+
+
+@pytest.mark.parametrize("kv", ["f32", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_reference_kernels_agree(checkpoint: Callable[[str], Checkpoint], family: str, kv: str) -> None:
+    twins = Twins(checkpoint(family), kv, "reference")
+    for asked in mixes(0, 6):
+        eager, captured = twins.step(asked)
+        assert float((eager - captured).abs().max()) <= 1e-5 * float(eager.abs().max())
+    assert twins.graphs.replays >= 6
+
+
+@native_only
+def test_two_captures_share_a_scratch_and_take_tensors_beside_the_step(
+    checkpoint: Callable[[str], Checkpoint],
+) -> None:
+    twins = Twins(checkpoint("dense"), "int8", "native")
+
+    def shifted(model: Model, step: Step, arena: Arena, by: torch.Tensor) -> torch.Tensor:
+        return model.forward(step, arena.layers) + by
+
+    graphs = StepGraphs(
+        lambda step, by: shifted(twins.model, step, twins.captured, by), twins.captured, twins.graphs.scratch
+    )
+    assert graphs.scratch is twins.graphs.scratch
+    for number in range(1, 4):
+        sides: list[torch.Tensor] = []
+        by = torch.randn(number, 64)
+        for side, arena in enumerate((twins.eager, twins.captured)):
+            chunks = [Chunk(held[side], [number]) for held in twins.held[:number]]
+            step = arena.reserve(chunks)
+            with torch.inference_mode():
+                sides.append(graphs(step, by) if side else shifted(twins.model, step, arena, by))
+            for chunk in chunks:
+                arena.advance(chunk.sequence, 1)
+        assert torch.equal(*sides)
+    assert (graphs.replays, graphs.recorded, graphs.eager) == (3, 3, 0)
+
+
+@native_only
+@pytest.mark.parametrize("kv", ["bf16", "int8", "turboquant_3bit_nc"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_nan_spoils_no_companion(checkpoint: Callable[[str], Checkpoint], family: str, kv: str) -> None:
+    twins = Twins(checkpoint(family), kv, "native")
+    nowhere = 1 << 20  # a token without an embedding, whose row is NaN
+    for asked in mixes(3, 3):
+        twins.step(asked)
+    with torch.inference_mode():
+        alone, _ = twins.step({0: ([7], 0, 0), 1: ([8, 9], 1, 1)})
+    for index, held in enumerate(twins.held):
+        assert index > 1 or held[1].position == held[0].position
+    steps = twins.graphs.replays
+    broken = twins.captured.reserve([Chunk(twins.held[0][1], [7]), Chunk(twins.held[2][1], [nowhere])])
+    sound = twins.eager.reserve([Chunk(twins.held[0][0], [7])])
+    with torch.inference_mode():
+        hidden, expected = twins.graphs(broken), twins.model.forward(sound, twins.eager.layers)
+    assert twins.graphs.replays == steps + 1
+    assert alone.isfinite().all()
+    assert hidden[1].isnan().any()
+    assert torch.equal(hidden[:1], expected)
+    for side, arena in enumerate((twins.eager, twins.captured)):
+        arena.advance(twins.held[0][side], 1)
+        arena.close(twins.held[2][side])
+    # And the size that was replayed with NaN holds none of it afterwards.
+    again, replayed = twins.step({0: ([3], 0, 0), 1: ([4], 0, 0)})
+    assert torch.equal(again, replayed)
+
+
+@native_only
+def test_steps_that_fit_no_size_run_as_they_are(checkpoint: Callable[[str], Checkpoint]) -> None:
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    eager, captured = twins.step({0: (list(range(1 + DRAFTS + 1)), 0, 0)})
+    assert torch.equal(eager, captured)
+    assert (twins.graphs.replays, twins.graphs.recorded, twins.graphs.eager) == (0, 0, 1)
+    twins.step({0: (list(range(1 + DRAFTS)), 0, 0)})
+    assert (twins.graphs.replays, twins.graphs.recorded, twins.graphs.eager) == (1, 1, 1)
+
+
+@native_only
+def test_warming_up_records_every_size_and_changes_no_memory(checkpoint: Callable[[str], Checkpoint]) -> None:
+    twins = Twins(checkpoint("gdn"), "int8", "native")
+    for asked in mixes(1, 2):
+        twins.step(asked)
+    seen: list[tuple[int, int]] = []
+    twins.graphs.warm(4, progress=lambda done, total: seen.append((done, total)))
+    # 1, 2, 4, 8 and 16 tokens in rows of 1 and of 1 + DRAFTS.
+    assert seen == [(done, 10) for done in range(11)]
+    assert all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for _, ours, theirs in twins.memories())
+    recorded = twins.graphs.recorded
+    assert not list(differences(twins, seed=2, steps=0))
+    assert twins.graphs.recorded == recorded
+
+
+@native_only
+def test_only_so_many_sizes_are_kept(checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MOST_CAPTURED", 2)
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    for rows, recorded in ((1, 1), (2, 2), (1, 2), (4, 3), (1, 3), (2, 4)):
+        eager, captured = twins.step({index: ([5], 0, 0) for index in range(rows)})
+        assert torch.equal(eager, captured)
+        assert twins.graphs.recorded == recorded
+
+
+@native_only
+def test_recordings_share_their_memory(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = recording.Pool()
+    monkeypatch.setattr(capture, "recorder", lambda _: functools.partial(recording.Recording, pool=pool))
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    twins.step({index: ([5], 0, 0) for index in range(3)})
+    alone = pool.nbytes
+    assert alone > 0
+    # As many tokens in another shape: what is new is what it returns.
+    eager, captured = twins.step({0: ([5] * 4, 3, 0)})
+    assert torch.equal(eager, captured)
+    assert twins.graphs.recorded == 2
+    assert pool.nbytes <= 1.2 * alone
+
+
+@native_only
+def test_a_recording_keeps_what_its_calls_point_to(checkpoint: Callable[[str], Checkpoint]) -> None:
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    page, slot = twins.graphs.scratch.pages[0], twins.graphs.scratch.slot
+    empty = padding.nobody(padding.StepSize(2, 2, 1, 1), slot, page, twins.captured.device)
+    alone = Captured(lambda step: twins.model.forward(step, twins.captured.layers), empty)
+    gc.collect()
+    overwriting = [torch.full((size,), torch.nan) for size in (16, 32, 64, 128, 256, 512) for _ in range(64)]
+    sides: list[torch.Tensor] = []
+    for side, arena in enumerate((twins.eager, twins.captured)):
+        step = arena.reserve([Chunk(twins.held[0][side], [5])])
+        with torch.inference_mode():
+            sides.append(alone(step) if side else twins.model.forward(step, arena.layers))
+    assert torch.equal(*sides)
+    assert all(block.isnan().all() for block in overwriting)
+
+
+def test_an_arena_that_checks_on_the_host_is_refused(checkpoint: Callable[[str], Checkpoint]) -> None:
+    twins = Twins(checkpoint("dense"), "f32", "auto")
+    spec, kernels = twins.model.spec, twins.captured.kernels
+    checking = Arena(spec, twins.captured.plan, kernels)
+    with pytest.raises(Refused, match="check_finite=False"):
+        StepGraphs(lambda step: twins.model.forward(step, checking.layers), checking)
+
+
+# What a capture must never do. Each mutant is a change of the code above that the comparison has to notice.
+
+
+def longest_context(step: Step) -> torch.Tensor:
+    return torch.full((), int(step.position.max()))
+
+
+def item_branch(step: Step) -> torch.Tensor:
+    return step.position.new_ones(()) if step.position.max().item() > 40 else step.position.new_zeros(())
+
+
+@pytest.mark.parametrize("read", [longest_context, item_branch])
+def test_a_forward_that_reads_the_host_is_refused(
+    checkpoint: Callable[[str], Checkpoint], read: Callable[[Step], torch.Tensor]
+) -> None:
+    twins = Twins(checkpoint("dense"), "f32", "auto")
+    graphs = StepGraphs(
+        lambda step: twins.model.forward(step, twins.captured.layers) + read(step),
+        twins.captured,
+        twins.graphs.scratch,
+    )
+    with pytest.raises(Refused, match="reads on the host what its numbers decide \\(_local_scalar_dense\\)"):
+        graphs(twins.captured.reserve([Chunk(twins.held[0][1], [5])]))
+
+
+@native_only
+@pytest.mark.parametrize("read", [longest_context, item_branch])
+def test_mutant_a_length_or_a_branch_that_the_host_decides_is_caught(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch, read: Callable[[Step], torch.Tensor]
+) -> None:
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    forward = twins.model.forward
+    monkeypatch.setattr(twins.model, "forward", lambda step, memory: forward(step, memory) + read(step))
+    monkeypatch.setattr(recording, "_reads_on_host", lambda *_: False)
+    assert any(found.startswith("hidden") for found in differences(twins))
+
+
+@native_only
+def test_mutant_rows_of_an_earlier_step_that_stay_are_caught(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(self: padding.PaddedStep, step: Step, tensors: Any = ()) -> None:
+        assert not tensors
+        for field in dataclasses.fields(step):
+            value, buffer = getattr(step, field.name), getattr(self.step, field.name)
+            buffer[tuple(slice(length) for length in value.shape)] = value
+
+    twins = Twins(checkpoint("gdn"), "int8", "native")
+    monkeypatch.setattr(padding.PaddedStep, "put", put)
+    assert any(found.startswith("memory") for found in differences(twins))
+
+
+@native_only
+def test_mutant_padding_that_is_stored_is_caught(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def somewhere(size: padding.StepSize, slot: int, page: int, device: torch.device) -> Step:
+        step = padding.nobody(size, slot, page, device)
+        return dataclasses.replace(step, page=torch.ones_like(step.page), line=torch.zeros_like(step.line))
+
+    monkeypatch.setattr(capture, "nobody", somewhere)
+    twins = Twins(checkpoint("dense"), "int8", "native")
+    assert any(found.startswith("memory") for found in differences(twins))
+
+
+@native_only
+def test_mutant_memory_that_is_reused_too_early_is_caught(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: dict[int, torch.Tensor] = {}
+
+    def like(_: object, tensor: torch.Tensor) -> torch.Tensor:
+        block = blocks.setdefault(tensor.nbytes, torch.empty(tensor.nbytes, dtype=torch.uint8))
+        return block.view(tensor.dtype).view(tensor.shape)
+
+    monkeypatch.setattr(recording.Pool, "like", like)
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    assert any(found.startswith("hidden") for found in differences(twins))
