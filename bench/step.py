@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fastest(model: str, kv: str, depth: int, threads: int, steps: int) -> Profile:
     """Return the least times of so many steps at a depth."""
-    engine, _ = start(model, kv, depth + steps + 8, 1, threads)
+    engine, _ = start(model, kv, depth + steps + 8, 1, threads, capture="off")
     engine.fill(depth, 1)
     engine.decode(4)
     seen = list(profiles(engine.decode, steps))

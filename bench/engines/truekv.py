@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from bench.fill import fill
 from bench.wire import serve, some_token
@@ -69,7 +69,15 @@ class TrueKV:
         return best
 
 
-def start(model: str, kv: str, context: int, sequences: int, threads: int, frames: str = "") -> tuple[TrueKV, str]:
+def start(
+    model: str,
+    kv: str,
+    context: int,
+    sequences: int,
+    threads: int,
+    frames: str = "",
+    capture: Literal["auto", "off"] = "auto",
+) -> tuple[TrueKV, str]:
     """Load a checkpoint for so many sequences of `context` tokens; `frames`: a file, for formats that need it."""
     torch.set_num_threads(threads)
     options = EngineOptions(
@@ -77,6 +85,7 @@ def start(model: str, kv: str, context: int, sequences: int, threads: int, frame
         kv_cache_frames=frames if frames and Path(frames).is_file() else None,
         max_model_len=context,
         max_num_seqs=sequences,
+        capture=capture,
     )
     blueprint = design(model, options)
     engine = build(blueprint)

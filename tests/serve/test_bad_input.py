@@ -75,7 +75,7 @@ BEFORE_LOADING = {
     "negative top_k": (["--top-k", "-2"], "top_k is -2"),
     "no tokens": (["--max-tokens", "0"], "max_tokens is 0"),
     "a seed of 2^70": (["--seed", str(2**70)], f"seed is {2**70}"),
-    "an empty stop string": (["--stop", ""], "a stop string is empty"),
+    "an empty stop string": (["--stop", ""], "stop has '', but takes texts of 1 to 1000 characters"),
     "too many logprobs": (["--logprobs", "21"], "logprobs is 21"),
     "an unknown dtype": (["--dtype", "float64"], "float64"),
     "two prompts": (["--messages", "x.json"], "give either a PROMPT"),

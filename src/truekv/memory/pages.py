@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
 from truekv.core.protocols import Stored
+from truekv.memory.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,8 +58,7 @@ class PagedLayer:
     ) -> None:
         """Allocate uint8 [pages, page_bytes]; `frames` holds one per field."""
         size = (pages, page_bytes(layer, formats, page_tokens))
-        # Untouched zero pages cost no memory until they are written.
-        self.data = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.data = untouched(size, torch.uint8, device)
         if poison:
             self.data.fill_(POISON)
         self.name = name

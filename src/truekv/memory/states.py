@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
+from truekv.memory.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,11 +68,11 @@ class StateLayer:
         self.layer = layer
         self.kernels = kernels
         self.check_finite = check_finite
-        fill = math.nan if poison else 0.0
 
         def slab(slab: Slab, *leading: int) -> torch.Tensor:
             kind = getattr(torch, dtype if slab.dtype == "model" else slab.dtype)
-            return torch.full((*leading, *slab.shape), fill, dtype=kind, device=device)
+            data = untouched((*leading, *slab.shape), kind, device)
+            return data.fill_(math.nan) if poison else data
 
         self.state = {item.name: slab(item, slots + checkpoints) for item in layer.state}
         self.log = {item.name: slab(item, slots, drafts) for item in layer.log}

@@ -30,6 +30,8 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         machine = self._library.truekv_machine
         machine.restype = ctypes.c_char_p
+        if not hasattr(self._library, "truekv_replay"):
+            raise Refused(f"the native library {path} belongs to another version of truekv; install the package again")
         self.replay = self._library.truekv_replay
         self.replay.argtypes = (ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
         self.replay.restype = None
