@@ -6,14 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from truekv.core.errors import Corrupted, DoesNotFit, Refused, TrueKVError
-    from truekv.core.options import EngineOptions, SamplingParams
+    from truekv.core.errors import ConstraintFailed, Corrupted, DoesNotFit, Refused, TrueKVError
+    from truekv.core.options import EngineOptions, SamplingParams, StructuredOutputs
     from truekv.serve.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Corrupted", "DoesNotFit", "EngineOptions", "Refused", "SamplingParams", "TrueKVError"]
+__all__ = [
+    "LLM",
+    "ConstraintFailed",
+    "Corrupted",
+    "DoesNotFit",
+    "EngineOptions",
+    "Refused",
+    "SamplingParams",
+    "StructuredOutputs",
+    "TrueKVError",
+]
 
-_HOME = {"LLM": "truekv.serve.llm", "EngineOptions": "truekv.core.options", "SamplingParams": "truekv.core.options"}
+_HOME = {
+    "LLM": "truekv.serve.llm",
+    "EngineOptions": "truekv.core.options",
+    "SamplingParams": "truekv.core.options",
+    "StructuredOutputs": "truekv.core.options",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -75,7 +75,7 @@ def test_a_length_read_by_the_host_is_baked() -> None:
 
 def test_another_shape_is_refused() -> None:
     captured = Captured(lambda at: at.tokens.float(), step(0, [1, 2]))
-    with pytest.raises(Refused, match="a step of 3 tokens.*captured for 2 tokens"):
+    with pytest.raises(Refused, match=r"a step of 3 tokens.*captured for 2 tokens"):
         captured(step(0, [1, 2, 3]))
 
 

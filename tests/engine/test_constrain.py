@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import truekv
 from truekv import LLM, Refused, SamplingParams
 from truekv.core.errors import ConstraintFailed
-from truekv.core.options import StructuredOutputs
+from truekv.core.options import Speculation, StructuredOutputs
 from truekv.engine.constrain import Constraint, Grammars
-from truekv.engine.generate import Ended, Failed, Sampled
+from truekv.engine.events import Ended, Failed, Sampled
+from truekv.engine.generate import Asked
 from truekv.engine.sample import Sampler
 from truekv.engine.tokens import Tokenizer
 
@@ -342,10 +343,10 @@ def test_a_failing_grammar_ends_its_request_and_leaves_the_others_bitwise_unchan
     prompts = [llm.tokens("hello"), llm.tokens("hallo")]
     bad = SamplingParams(structured_outputs=StructuredOutputs(regex="("))
     with pytest.raises(Refused, match="structured_outputs"):
-        engine.add_all([(prompts[0], plain), (prompts[1], bad)])
+        engine.add_all([Asked(prompts[0], plain), Asked(prompts[1], bad)])
     assert not engine._answers
     failing = SamplingParams(structured_outputs=StructuredOutputs(grammar=AMBIGUOUS))
-    good, bad_one = engine.add_all([(prompts[0], plain), (prompts[1], failing)])
+    good, bad_one = engine.add_all([Asked(prompts[0], plain), Asked(prompts[1], failing)])
     events = list(engine.run([good, bad_one]))
     failed = [event for event in events if isinstance(event, Failed)]
     assert [event.request for event in failed] == [bad_one.identity]
@@ -372,3 +373,14 @@ def test_logprobs_stay_those_of_the_raw_model(dense: Path) -> None:
         assert place.chosen.logprob == pytest.approx(float(row[place.chosen.token]), abs=1e-5)
         assert place.top[0].token == int(row.argmax())
         assert math.exp(place.chosen.logprob) < 1
+
+
+def test_speculation_and_batching_change_no_token_of_a_constrained_answer(dense: Path) -> None:
+    wanted = StructuredOutputs(regex="(ab(cd|ce|xy)){6,9}")
+    params = [SamplingParams(temperature=1.0, seed=seed, structured_outputs=wanted) for seed in range(3)]
+    alone = LLM(str(dense), max_model_len=256)
+    expected = [alone.generate("abcdabcd", one)[0].tokens for one in params]
+    guessing = LLM(str(dense), max_model_len=256, speculative_config=Speculation(method="ngram", adaptive=False))
+    assert [result.tokens for result in guessing.generate(["abcdabcd"] * 3, params)] == expected
+    assert guessing._engine.drafting is not None
+    assert guessing._engine.steps < max(map(len, expected))

@@ -94,8 +94,8 @@ def test_top_p_is_exact_when_the_nucleus_is_wider_than_the_usual_one() -> None:
 
 def test_top_k_comes_before_top_p_and_min_p_before_both() -> None:
     # Of the three best, renormalised, the first two hold over 0.7; of all eight, they hold 0.6.
-    assert set(chosen(LOGITS, SamplingParams(temperature=1.0, top_k=3, top_p=0.8, seed=2))) == {0, 5}
-    assert set(chosen(LOGITS, SamplingParams(temperature=1.0, min_p=0.35, top_p=0.8, seed=2))) == {0, 5}
+    assert set(chosen(LOGITS, SamplingParams(temperature=1.0, top_k=3, top_p=0.8, seed=2), 500)) == {0, 5}
+    assert set(chosen(LOGITS, SamplingParams(temperature=1.0, min_p=0.35, top_p=0.8, seed=2), 500)) == {0, 5}
 
 
 def plain(
@@ -299,7 +299,7 @@ def test_verified_drafts_leave_the_distribution_and_every_token_as_they_were() -
     guesses = torch.Generator().manual_seed(5)
     accepted: list[int] = []
     counts = torch.zeros(VOCAB**3, dtype=torch.float64)
-    for seed in range(3000):
+    for seed in range(2000):
         params = SamplingParams(temperature=0.8, seed=seed)
         found = speculate(Sampler(params, [0], VOCAB, frozenset()), 3, guesses, accepted)
         counts[found[0] * VOCAB**2 + found[1] * VOCAB + found[2]] += 1
@@ -316,14 +316,14 @@ def test_verified_drafts_leave_the_distribution_and_every_token_as_they_were() -
 
 def test_penalties_see_the_same_past_with_and_without_drafts() -> None:
     guesses, accepted = torch.Generator().manual_seed(6), list[int]()
-    for seed in range(30):
+    for seed in range(12):
         params = SamplingParams(
             temperature=1.0, seed=seed, frequency_penalty=0.4, presence_penalty=0.3, repetition_penalty=1.2,
             min_tokens=9, top_p=0.95, min_p=0.01, logit_bias={2: 0.5}, stop_token_ids=[4],
         )  # fmt: skip
         found = [speculate(Sampler(params, [0, 1], VOCAB, frozenset()), 40, one, accepted) for one in (guesses, None)]
         assert found[0] == found[1]
-    assert len(accepted) > 100
+    assert len(accepted) > 50
 
 
 def test_logprobs_are_those_of_the_softmax() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -38,7 +39,7 @@ def test_where_nothing_is_accepted_it_costs_less_than_five_percent(most: int, to
 def test_pauses_grow_and_end() -> None:
     asked, _ = follow(DraftLength(4), 1000, 0.0)
     probes = [step for step, count in enumerate(asked) if count]
-    pauses = [after - before - 1 for before, after in zip(probes, probes[1:], strict=False)]
+    pauses = [after - before - 1 for before, after in itertools.pairwise(probes)]
     assert pauses == [0, 16, 32, 64, *[128] * len(pauses[4:])]
     assert len(pauses) > 7
 

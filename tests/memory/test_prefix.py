@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory.toys import Toy, gdn, gqa, make_arena, mamba2, mla, random_tokens, states
+from memory.toys import Toy, formats_of, gdn, gqa, make_arena, mamba2, mla, model_spec, random_tokens, states
 
 from truekv.core.batch import Chunk, Sequence
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.spec import Recurrent
+from truekv.kernels.table import select
 from truekv.memory.arena import Arena, OutOfPages
+from truekv.memory.plan import plan
 from truekv.memory.prefix import UNLIMITED, PrefixStats
 
 ATTENTION = Toy((gqa(1, 16), mla(16, 16), gqa(1, 16, window=20)))
@@ -133,6 +135,28 @@ def test_two_sequences_that_part_inside_a_page_write_to_pages_of_their_own() -> 
     assert run(toy, arena, [*stem, 1, 9, 4]) == 42
 
 
+def test_rows_of_draft_layers_are_shared_and_copied_like_all_others() -> None:
+    layers, draft_layers = (gqa(1, 16),), (gqa(1, 16),)
+    spec, formats = model_spec(layers, draft_layers), formats_of(layers)
+    planned = plan(spec, formats, max_model_len=100, max_num_seqs=2, draft_formats=formats)
+    arena = Arena(spec, planned, select(spec, formats, formats), poison=True, prefix_interval=32)
+    toy, tokens = Toy(layers), random_tokens(40)
+    first = arena.open(tokens)
+    toy.run(arena, Chunk(first, tokens))
+    toy.forward(arena.draft_step([(first, 0, tokens)]), arena.draft_layers)
+    arena.advance(first, 40)
+    pages = first.pages
+    arena.close(first)
+    second = arena.open([*tokens[:36], 1])
+    assert (second.position, second.pages[0]) == (36, pages[0])
+    for layer in arena._paged():
+        kept, copied = layer.data[[pages[1], second.pages[1]]].view(2, 2, 32, 64).unbind()
+        assert torch.equal(kept[:, :4], copied[:, :4])
+        assert not (kept[:, 4:8] == 0xFF).all(-1).any()
+        assert (copied[:, 4:] == 0xFF).all()
+    assert len(arena._paged()) == 2
+
+
 @KINDS
 def test_nothing_is_visible_before_it_is_advanced_over(toy: Toy) -> None:
     arena = cached(toy, drafts=3)
@@ -231,6 +255,21 @@ def test_long_prompts_leave_states_at_intervals_rounded_to_pages() -> None:
     run(HYBRID, arena, random_tokens(200))
     nodes = arena._cache.tree.match("", random_tokens(200), 32)
     assert [at for at, node in enumerate(nodes, 1) if node.checkpoint >= 0] == [2, 4, 6]
+
+
+def test_one_long_prompt_does_not_push_out_what_others_left() -> None:
+    arena = cached(HYBRID, interval=32, checkpoints=4)
+    prompts = [random_tokens(40, seed=seed) for seed in (1, 2)]
+    for prompt in prompts:
+        run(HYBRID, arena, prompt)
+    sequence = arena.open(random_tokens(300))
+    for start in range(0, 224, 32):
+        catch_up(HYBRID, arena, sequence, random_tokens(300)[: start + 32])
+    assert arena.prefix.evicted_checkpoints == 1
+    arena.close(sequence)
+    assert run(HYBRID, arena, prompts[1]) == 32
+    # Preempted in the middle of its prompt it goes on from where it was.
+    assert arena.open(random_tokens(300)).position == 224
 
 
 def test_where_prompts_part_the_second_one_leaves_a_state_for_the_third() -> None:

@@ -87,7 +87,7 @@ class Requests(RuleBasedStateMachine):
                 self.advance(0)
 
     @precondition(lambda self: len(self.open) < SLOTS)
-    @rule(text=st.sampled_from(TEXTS), length=st.sampled_from((97, 65, 46, 72, 33, 64, 20, 1)), odd=st.integers(0, 15))
+    @rule(text=st.sampled_from(TEXTS), length=st.sampled_from((97, 65, 30, 62, 46, 33, 94, 1)), odd=st.integers(0, 15))
     def open_one(self, text: tuple[int, ...], length: int, odd: int) -> None:
         salt, reuse = "other" if odd == 1 else "", odd != 2
         sequence = self.arena.open(text[:length], salt=salt, reuse=reuse)

@@ -64,7 +64,10 @@ def test_stats_count_the_last_turn(truekv: Call, dense: Path) -> None:
     done = truekv("chat", str(dense), *QUIET, stdin=b"/stats\nhello\n/stats\n")
     assert done.out.startswith("turns 0; ")
     prompt = len(LLM(str(dense), max_model_len=256).conversation([{"role": "user", "content": "hello"}]))
-    stats = re.search(r"turns 1; last answer: (\d+) tokens read, (\d+) written .* context (\d+) of 256", done.out)
+    stats = re.search(
+        r"turns 1; last answer: (\d+) tokens read, \d+ of them from the cache, (\d+) written .* context (\d+) of 256",
+        done.out,
+    )
     assert stats is not None
     read, written, used = map(int, stats.groups())
     assert read == prompt

@@ -45,7 +45,8 @@ class PredictionHead(nn.Module):
 def head_logits(head: PredictionHead, trunk: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
     """Predict tokens 2.. of each row; the result has two positions less than the row."""
     with torch.no_grad():
-        hidden = forward.hidden_states(trunk, ids, dtype)
+        # As released heads take it: after the trunk's final norm.
+        hidden = forward.rms_norm(forward.hidden_states(trunk, ids, dtype), trunk.model.norm, torch.float32)
     state = head(trunk, hidden[:, :-2], ids[:, 1:-1], dtype)
     return forward.linear(state, trunk.lm_head).float()
 

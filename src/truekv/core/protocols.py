@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -271,6 +271,10 @@ class Observer(Protocol):
 
     def end(self, request: int) -> None:
         """Forget a request: it was answered, aborted or failed."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return what was noticed so far, as JSON can hold it."""
         ...
 
 

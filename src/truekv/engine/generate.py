@@ -9,16 +9,18 @@ from truekv.core.batch import Chunk
 from truekv.core.errors import ConstraintFailed, Corrupted, Refused
 from truekv.engine.answer import Answer
 from truekv.engine.constrain import Grammars
-from truekv.engine.events import Ended, Event, Failed
+from truekv.engine.events import Ended, Event, Failed, Sampled
 from truekv.engine.request import Request
 from truekv.engine.sample import Sampler
 from truekv.engine.speculate.drafting import Verified
+from truekv.engine.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from truekv.core.batch import Sequence as Held
     from truekv.core.options import SamplingParams
+    from truekv.core.protocols import Observer
     from truekv.engine.run import Ran, Runner
     from truekv.engine.schedule import Schedule, Share
     from truekv.engine.speculate.drafting import Drafting
@@ -49,6 +51,7 @@ class Engine:
         ends: frozenset[int],
         max_model_len: int,
         drafting: Drafting | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Bind the runner and the schedule; `tokenizer` is None for checkpoints without one."""
         self.runner = runner
@@ -57,7 +60,8 @@ class Engine:
         self.ends = ends
         self.max_model_len = max_model_len
         self.drafting = drafting
-        self.steps = 0
+        self.observer = observer
+        self.steps = self._computed = self._generated = 0
         self._memory = _Memory(runner.arena)
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
@@ -107,6 +111,25 @@ class Engine:
         """Return the seed a request draws from; None when it is greedy and none was given."""
         return self._answers[request.identity].sampler.seed
 
+    @property
+    def stats(self) -> Stats:
+        """What was done so far."""
+        arena, schedule = self.runner.arena, self.schedule
+        tally = self.drafting.tally if self.drafting else None
+        return Stats(
+            running=len(schedule.running),
+            waiting=len(schedule.waiting),
+            steps=self.steps,
+            computed_tokens=self._computed,
+            generated_tokens=self._generated,
+            preemptions=schedule.preemptions,
+            drafted=tuple(tally.drafted) if tally else (),
+            accepted=tuple(tally.accepted) if tally else (),
+            prefix=arena.prefix,
+            pages=schedule.pages,
+            held_pages=arena.held_pages,
+        )
+
     def abort(self, request: Request) -> None:
         """End a request now and give its memory back; nothing happens if it has ended already."""
         self._end(request)
@@ -127,9 +150,13 @@ class Engine:
         if not shares:
             return []
         chunks = [_chunk(share) for share in shares]
+        wanted = [self._answers[share.request.identity].wanted(share) for share in shares]
         self.steps += 1
+        eager = self.observer is not None and self.observer.before_step(
+            [share.request.identity for share in shares], sum(len(chunk.tokens) for chunk in chunks)
+        )
         try:
-            ran = self.runner.run(chunks, [self._answers[share.request.identity].wanted(share) for share in shares])
+            ran = self.runner.run(chunks, wanted, eager=eager)
         except Corrupted as error:
             return self._suspect(shares, error)
         return self._finish(shares, ran)
@@ -154,6 +181,7 @@ class Engine:
                 events.append(self._fail(share.request, error))
             else:
                 events += found
+                self._generated += sum(isinstance(event, Sampled) for event in found)
                 ended = bool(found) and isinstance(found[-1], Ended)
                 verified.append(Verified(share, start, accepted, ended=ended))
             start += share.count + len(share.drafts)
@@ -167,7 +195,10 @@ class Engine:
     def _advance(self, item: Verified) -> None:
         request = item.share.request
         assert request.held is not None
+        self._computed += item.real
         self.runner.arena.advance(request.held, item.real)
+        if self.observer and item.share.samples:
+            self.observer.after_tokens(request.identity, request.tokens, len(request.prompt))
         if request.held.position >= request.alone:
             request.alone = 0
         if item.ended:
@@ -192,6 +223,8 @@ class Engine:
         return []
 
     def _fail(self, request: Request, error: Corrupted | ConstraintFailed) -> Failed:
+        if self.observer and isinstance(error, Corrupted):
+            self.observer.fault(request.identity, error)
         self._end(request, suspect=isinstance(error, Corrupted))
         return Failed(request.identity, error)
 
@@ -201,6 +234,8 @@ class Engine:
             self._memory.release(request, suspect=suspect)
             if self.drafting:
                 self.drafting.forget(request)
+            if self.observer:
+                self.observer.end(request.identity)
 
 
 class _Memory:
@@ -217,7 +252,7 @@ class _Memory:
         return self._arena.available_pages
 
     def new_pages(self, request: Request) -> int:
-        return self.pages_for(len(request.tokens) + 1)
+        return self._arena.new_pages(request.tokens, salt=request.salt)
 
     def open(self, request: Request) -> Held:
         # Log-probabilities of the prompt come from computing it.

@@ -128,16 +128,21 @@ class Arena:
                 layer.open(sequence.slot)
         return sequence
 
+    def new_pages(self, tokens: Seq[int], *, salt: str = "") -> int:
+        """How many of the available pages a sequence of these tokens and one more would take."""
+        shared = self._cache.shared(salt, tokens) if self._cache else 0
+        return self.plan.pages_for(len(tokens) + 1) - shared
+
     def certain_limit(self, sequence: Sequence) -> int:
         """Most certain tokens that the next chunk may bring, so that a state worth keeping is not passed.
 
         A longer chunk is as right, but leaves less for others to start from.
         """
-        return self._cache.certain_limit(self._lease(sequence)) if self._cache else UNLIMITED
+        return self._cache.certain_limit(self._lease(sequence, moved=True)) if self._cache else UNLIMITED
 
     def draft_limit(self, sequence: Sequence) -> int:
         """Most drafts after the one certain token of the next chunk; likewise."""
-        return self._cache.draft_limit(self._lease(sequence)) if self._cache else UNLIMITED
+        return self._cache.draft_limit(self._lease(sequence, moved=True)) if self._cache else UNLIMITED
 
     def reserve(self, chunks: Seq[Chunk]) -> Step:
         """Make room for each chunk after its sequence's tokens, and describe the step.

@@ -83,7 +83,7 @@ class PrefixCache:
         path = tree.match(lease.salt, known, self._page_tokens)
         source, lines = None, 0
         if self._recurrent:
-            depth = next((at for at in range(len(path), 0, -1) if path[at - 1].checkpoint >= 0), 0)
+            depth = _usable(path)
             lease.branch = len(path) * self._page_tokens if depth < len(path) else 0
             del path[depth:]
         elif above := path[-1] if path else tree.roots.get(lease.salt):
@@ -107,6 +107,11 @@ class PrefixCache:
         lease.tokens = list(tokens[: len(path) * self._page_tokens + lines])
         self._count(len(tokens), len(lease.tokens))
         return source, lines
+
+    def shared(self, salt: str, tokens: Seq[int]) -> int:
+        """How many pages a sequence would start from that open ones hold already."""
+        path = self.tree.match(salt, tokens[: max(0, len(tokens) - 1)], self._page_tokens)
+        return sum(node.holders > 0 for node in (path[: _usable(path)] if self._recurrent else path))
 
     def publish(self, lease: Lease, pages: list[int]) -> None:
         """Show the complete pages of a lease to others; where one shows the same already, that one is held instead."""
@@ -132,7 +137,9 @@ class PrefixCache:
         if not self._publishes(lease) or len(lease.nodes) * self._page_tokens < count:
             return
         tree, node = self.tree, lease.nodes[count // self._page_tokens - 1]
-        rolling = count > self._last(lease)
+        # One long prompt must not push out what all others left: when rows are short, it moves on with one.
+        spaced = count not in {self._last(lease), lease.branch}
+        rolling = spaced and (count > self._last(lease) or not tree.free_rows)
         if node.checkpoint >= 0:
             if node.saver != lease.serial:
                 # Two sequences came by here, so it is nobody's to move on with.
@@ -241,3 +248,8 @@ class PrefixCache:
         self._misses += hit == 0
         self._tokens_hit += hit
         self._tokens_asked += asked
+
+
+def _usable(path: Seq[Node]) -> int:
+    """Return how many pages of a path end with a saved state: what a recurrent layer can start from."""
+    return next((at for at in range(len(path), 0, -1) if path[at - 1].checkpoint >= 0), 0)

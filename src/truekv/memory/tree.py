@@ -157,6 +157,7 @@ class Tree:
         for _ in range(count):
             node = next(iter(self._useless or self._idle))
             self.evicted_pages += 1
+            self.evicted_checkpoints += node.checkpoint >= 0
             self.remove(node)
 
     def remove(self, top: Node, *, wipe: bool = False) -> None:

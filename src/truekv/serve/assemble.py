@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +12,8 @@ from truekv.core.errors import Refused
 from truekv.core.folder import choose
 
 if TYPE_CHECKING:
+    from truekv.core.batch import Step
+    from truekv.core.lazy import torch
     from truekv.core.options import EngineOptions
     from truekv.core.protocols import CacheFormat, Model
     from truekv.core.spec import ModelSpec
@@ -81,7 +83,8 @@ def design(model: str, options: EngineOptions) -> Blueprint:
         draft_formats=draft_formats,
         memory=options.memory,
         max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
+        # A captured step's padding has a sequence of its own.
+        max_num_seqs=options.max_num_seqs + captures(options),
         drafts=options.drafts,
         dtype=dtype,
         checkpoints=None if options.enable_prefix_caching else 0,
@@ -104,6 +107,7 @@ def build(blueprint: Blueprint) -> Engine:
     from truekv.engine.schedule import Schedule
     from truekv.engine.tokens import end_tokens
     from truekv.memory.arena import Arena
+    from truekv.trust.sentinel import Sentinel
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
     model = checkpoint.load(blueprint.dtype, blueprint.kernels.ops)
@@ -113,24 +117,45 @@ def build(blueprint: Blueprint) -> Engine:
         blueprint.kernels,
         blueprint.frames,
         poison=options.debug_poison,
+        # What is replayed cannot stop half-way; the runner looks at the numbers that come out.
+        check_finite=not captures(options),
         prefix_interval=options.prefix_checkpoint_interval if options.enable_prefix_caching else None,
     )
+    # Captured steps come first: what their padding holds is nobody's any more.
+    runner = Runner(model, arena, _captured(options, model, arena))
     drafter = _drafter(options, model, arena)
     schedule = Schedule(
-        pages=plan.pages,
+        pages=arena.available_pages,
         page_tokens=plan.page_tokens,
         sequences=options.max_num_seqs,
         step_tokens=options.max_num_batched_tokens,
         draft_room=drafter.room if drafter else 0,
     )
     return Engine(
-        Runner(model, arena),
+        runner,
         schedule,
         blueprint.tokenizer,
         ends=end_tokens(checkpoint.directory, blueprint.tokenizer),
-        max_model_len=plan.max_context_one_sequence,
+        max_model_len=min(plan.longest, arena.available_pages * plan.page_tokens),
         drafting=drafter,
+        observer=Sentinel(model, arena) if options.sentinel else None,
     )
+
+
+def captures(options: EngineOptions) -> bool:
+    """Whether small steps are recorded and replayed."""
+    return options.capture == "on"
+
+
+def _captured(options: EngineOptions, model: Model, arena: Arena) -> Callable[[Step], torch.Tensor] | None:
+    if not captures(options):
+        return None
+    from truekv.engine.capture import StepGraphs
+
+    def forward(step: Step) -> torch.Tensor:
+        return model.forward(step, arena.layers)
+
+    return StepGraphs(forward, arena)
 
 
 def _drafter(options: EngineOptions, model: Model, arena: Arena) -> Drafter | None:

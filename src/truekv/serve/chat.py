@@ -31,6 +31,7 @@ class Stats:
 
     turns: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
 
@@ -56,6 +57,7 @@ class Chat:
         self.stats = Stats(
             self.stats.turns + 1,
             result.usage.prompt_tokens,
+            result.usage.cached_tokens,
             result.usage.completion_tokens,
             time.monotonic() - began,
         )
@@ -80,9 +82,12 @@ class Chat:
     def _stats(self) -> str:
         stats, used = self.stats, self.stats.prompt_tokens + self.stats.completion_tokens
         speed = stats.completion_tokens / stats.seconds if stats.seconds else 0.0
+        drafted, accepted = (sum(self.llm.stats[name]) for name in ("drafted", "accepted"))
+        guesses = f"; {accepted} of {drafted} drafts accepted" if drafted else ""
         return (
-            f"turns {stats.turns}; last answer: {stats.prompt_tokens} tokens read, {stats.completion_tokens} written "
-            f"in {stats.seconds:.1f} s ({speed:.1f} tokens/s); context {used} of {self.llm.max_model_len} tokens\n"
+            f"turns {stats.turns}; last answer: {stats.prompt_tokens} tokens read, {stats.cached_tokens} of them from the "
+            f"cache, {stats.completion_tokens} written in {stats.seconds:.1f} s ({speed:.1f} tokens/s){guesses}; "
+            f"context {used} of {self.llm.max_model_len} tokens\n"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
 from truekv.core.errors import Refused, TrueKVError
@@ -145,6 +145,12 @@ class LLM:
     def options(self) -> EngineOptions:
         """How the engine runs."""
         return self._blueprint.options
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was done so far: steps, tokens, preemptions, drafts by place, prefix cache, and what the guards saw."""
+        engine = self._engine
+        return {**asdict(engine.stats), "sentinel": engine.observer.report() if engine.observer else None}
 
     def generate(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any
 
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
@@ -31,7 +31,7 @@ def read_speculation(given: str | Mapping[str, Any] | Speculation | None) -> Spe
             f"speculative_config is {given!r}, but must be an object: "
             '{"method": "ngram", "num_speculative_tokens": 3}'
         )
-    values = dict(cast("Mapping[str, Any]", given))
+    values: dict[str, Any] = dict(given)
     known = {field.name: field.name for field in fields(Speculation)}
     for name in values:
         choose("field of speculative_config", str(name), known)

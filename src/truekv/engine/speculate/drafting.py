@@ -44,6 +44,11 @@ class Drafting(Protocol):
         """Lines beyond a step that samples, which guessing writes to."""
         ...
 
+    @property
+    def tally(self) -> Tally:
+        """How drafts fared so far."""
+        ...
+
     def follow(self, verified: Sequence[Verified], hidden_TH: torch.Tensor) -> None:
         """Learn what became of the drafts of a step, and set `guess` of every request that goes on.
 
@@ -107,11 +112,11 @@ class Drafter:
                 if count:
                     request.guess = self._follower(request).lookup.propose(request.tokens, count)
             return
-        # Rows of every token, also where nothing is guessed: later guesses read them.
-        going = [(item, count) for item, count in zip(verified, wanted, strict=True) if not item.ended]
-        guesses = self.predictor.propose([_row(item, count) for item, count in going], hidden_TH)
-        for (item, count), guess in zip(going, guesses, strict=True):
-            if count:
+        # Rows of every token, also where nothing is guessed and of answers that have ended: whoever goes on from
+        # these tokens reads them.
+        rows = [_row(item, count) for item, count in zip(verified, wanted, strict=True)]
+        for item, guess in zip(verified, self.predictor.propose(rows, hidden_TH), strict=True):
+            if item.share.samples:
                 item.share.request.guess = guess
 
     def forget(self, request: Request) -> None:

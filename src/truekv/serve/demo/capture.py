@@ -145,13 +145,19 @@ def difference(one: Answer, other: Answer) -> float:
 class Replayed:
     """A model whose verify steps replay one capture, made on a scratch sequence as a server would at start."""
 
+    draft_head: None = None
+
     def __init__(self, model: Model, arena: Arena, width: int) -> None:
         """Capture a verify step of one sequence and a page table of `width` pages."""
         self._model = model
         self._width = width
         scratch = arena.open()
         step = self._padded(arena.reserve([Chunk(scratch, [0] * (1 + DRAFTS), DRAFTS)]))
-        self._captured = Captured(lambda recorded: model.forward(recorded, arena.layers), step)
+
+        def forward(recorded: Step) -> torch.Tensor:
+            return model.forward(recorded, arena.layers)
+
+        self._captured = Captured(forward, step)
         arena.close(scratch)
 
     @property
