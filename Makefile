@@ -34,6 +34,7 @@ bench: $(VENV)/.bench bench-peer
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.decode --peer llama.cpp
 	$(BIN)/python -m bench.decode --peer transformers
+	$(BIN)/python -m bench.serve_engine
 	$(BIN)/python -m bench.report
 
 # llama.cpp for this machine's processor, from the sources of llama-cpp-python, whose converter stays beside it. The

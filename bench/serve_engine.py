@@ -1,4 +1,4 @@
-"""The engine with several requests, beside itself without each feature and beside llama.cpp: `python -m bench.serve_engine`.
+"""The engine with several requests, each feature beside its absence, and llama.cpp: `python -m bench.serve_engine`.
 
 Everything that is compared runs by turns in processes of its own, and the best round of each counts. Answers with
 and without speculation must be the same tokens.
@@ -10,9 +10,9 @@ import argparse
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.convert import gguf
@@ -51,6 +51,8 @@ class Size:
     """Tokens of a prompt that another request has had."""
     own: int = 32
     """Tokens after them that are new."""
+    heard: int = 512
+    """Tokens of a prompt before an answer with and without guesses."""
     spoken: int = 192
     """Tokens of an answer with and without guesses."""
     ngram: int = 5
@@ -141,16 +143,13 @@ class Bench:
         """Measure everything that was asked for, and yield rows as they come."""
         if self.peer and "throughput" in self.size.work and not PEER_READY.is_file():
             raise Refused(NO_PEER)
-        work: dict[str, Callable[[str], Iterator[Row]]] = {
-            "throughput": self._throughput,
-            "arrivals": self._arrivals,
-            "prefix": self._prefix,
-            "speculation": self._speculation,
-        }
         for model in self.size.models:
-            for name, measure in work.items():
-                if name in self.size.work:
-                    yield from measure(model)
+            if {"throughput", "arrivals"}.intersection(self.size.work):
+                yield from self._concurrent(model)
+            if "prefix" in self.size.work:
+                yield from self._prefix(model)
+            if "speculation" in self.size.work:
+                yield from self._speculation(model)
         if "mtp" in self.size.work:
             yield from self._mtp()
         if "memory" in self.size.work:
@@ -188,18 +187,20 @@ class Bench:
             self.versions["llama.cpp"] = started.version
             yield started
 
-    def _throughput(self, model: str) -> Iterator[Row]:
-        """Requests that come together: all their tokens by the time for all of them."""
+    def _concurrent(self, model: str) -> Iterator[Row]:
         size = self.size
-        context, most = size.prompt + size.answer, max(size.concurrent)
-        with self._truekv(model, context, most, enable_prefix_caching=False) as ours:
-            if not self.peer:
-                yield from (self._together(model, count, [ours]) for count in size.concurrent)
-                return
-            with self._llama(model, context, most) as theirs:
-                yield from (self._together(model, count, [ours, theirs]) for count in size.concurrent)
+        # Lengths of requests that come and go are up to half as long again.
+        context, most = 2 * (size.prompt + size.answer), max(*size.concurrent, size.busy)
+        with ExitStack() as stack:
+            ours = stack.enter_context(self._truekv(model, context, most, enable_prefix_caching=False))
+            if "throughput" in size.work:
+                peers = [stack.enter_context(self._llama(model, context, most))] if self.peer else []
+                yield from (self._together(model, count, [ours, *peers]) for count in size.concurrent)
+            if "arrivals" in size.work:
+                yield from self._arrivals(model, ours)
 
     def _together(self, model: str, concurrent: int, engines: Sequence[Worker]) -> Row:
+        """Run requests that come together: all their tokens by the time for all of them."""
         size = self.size
         prompts, answers = concurrent * size.prompt, concurrent * size.answer
         times = by_turns(engines, lambda engine: engine.batch(concurrent, size.prompt, size.answer), size.rounds, sum)
@@ -207,22 +208,19 @@ class Bench:
         names = ("", "peer_")
         detail = {f"{name}prefill": prompts / time[0] for name, time in zip(names, times, strict=False)}
         # The first token of every answer comes with its prompt.
-        detail |= {
-            f"{name}decode": (answers - concurrent) / time[1] for name, time in zip(names, times, strict=False)
-        }
+        detail |= {f"{name}decode": (answers - concurrent) / time[1] for name, time in zip(names, times, strict=False)}
         other = total[1] if len(total) > 1 else None
         return Row("throughput", model, concurrent, "tokens/s", total[0], other, "llama.cpp", detail)
 
-    def _arrivals(self, model: str) -> Iterator[Row]:
-        """Requests that come one after the other: tokens per second, and what is no part of the model's time."""
+    def _arrivals(self, model: str, engine: Worker) -> Iterator[Row]:
+        """Run requests that come one after the other: tokens per second, and what is no part of the model's time."""
         size = self.size
-        with self._truekv(model, 2 * (size.prompt + size.answer), size.busy, enable_prefix_caching=False) as engine:
-            (spent,) = by_turns(
-                [engine],
-                lambda one: one.arrivals(2 * size.busy, size.busy, size.prompt, size.answer),
-                size.rounds,
-                lambda found: found["seconds"],
-            )
+        (spent,) = by_turns(
+            [engine],
+            lambda one: one.arrivals(2 * size.busy, size.busy, size.prompt, size.answer),
+            size.rounds,
+            lambda found: found["seconds"],
+        )
         tokens, seconds, steps = (spent.pop(name) for name in ("tokens", "seconds", "steps"))
         shares = {name: time / steps for name, time in spent.items()}
         shares["loop"] = 1 - sum(shares.values())
@@ -231,11 +229,12 @@ class Bench:
         yield Row("overhead", model, size.busy, "of a step", outside, None, "", shares)
 
     def _prefix(self, model: str) -> Iterator[Row]:
-        """Time to first token of a long prompt, first of its kind and then not."""
+        """Measure the time to the first token of a long prompt, first of its kind and then not."""
         size = self.size
-        cold, warm, cached = [0.0], [0.0], 0
+        cold: list[float] = []
+        warm: list[float] = []
+        cached = 0
         with self._truekv(model, size.shared + size.own + 1, 2) as engine:
-            cold, warm = [], []
             for turn in range(size.rounds):
                 salt = SALT.format(turn)
                 cold.append(engine.first_token(size.shared, size.own, 0, salt)[0])
@@ -246,11 +245,10 @@ class Bench:
         yield Row("prefix", model, 1, "s", min(warm), min(cold), "no hit", detail)
 
     def _speculation(self, model: str) -> Iterator[Row]:
-        """Prompt lookup where text repeats itself, and where it never does."""
+        """Measure prompt lookup where text repeats itself, and where it never does."""
         size = self.size
         speculation = {"method": "ngram", "num_speculative_tokens": size.ngram}
-        # Prompt of the longest text; the largest is DRAWN tokens of bench.engines.serving.
-        context = 1024 + size.spoken
+        context = size.heard + size.spoken
         with (
             self._truekv(model, context, speculative_config=speculation) as guessing,
             self._truekv(model, context) as plain,
@@ -259,7 +257,7 @@ class Bench:
             yield self._guessed("rejected", model, "drawn", guessing, plain)
 
     def _mtp(self) -> Iterator[Row]:
-        """The prediction head of an embedded model, on what it was trained for."""
+        """Measure the prediction head of an embedded model, on what it was trained for."""
         size = self.size
         speculation = {"method": "mtp", "num_speculative_tokens": size.mtp}
         with (
@@ -272,7 +270,7 @@ class Bench:
         size = self.size
         found, without = by_turns(
             [guessing, plain],
-            lambda engine: engine.answers(text, size.spoken),
+            lambda engine: engine.answers(text, size.heard, size.spoken),
             size.rounds,
             lambda answer: answer["seconds"],
         )
@@ -282,11 +280,13 @@ class Bench:
         detail = {
             "drafted": sum(drafted),
             "accepted": sum(accepted),
-            "acceptance": [round(good / made, 4) if made else 0.0 for made, good in zip(drafted, accepted, strict=True)],
+            "acceptance": [
+                round(good / made, 4) if made else 0.0 for made, good in zip(drafted, accepted, strict=True)
+            ],
             "tokens": len(found["tokens"]),
         }
-        rates = (len(one["tokens"]) / one["seconds"] for one in (found, without))
-        return Row(what, model, 1, "tokens/s", *rates, "no guesses", detail)
+        ours, other = (len(one["tokens"]) / one["seconds"] for one in (found, without))
+        return Row(what, model, 1, "tokens/s", ours, other, "no guesses", detail)
 
 
 def by_turns(
@@ -298,7 +298,7 @@ def by_turns(
 
 
 def planned() -> Iterator[Row]:
-    """What released models hold, from their plans: no weight is needed."""
+    """Say what released models hold, from their plans: no weight is needed."""
     from truekv.core.config import Config
     from truekv.formats.choice import choose_formats
     from truekv.memory.plan import plan
@@ -321,10 +321,13 @@ def line(row: Row) -> str:
     other = "" if row.other is None else f"{row.other:.4g} {row.against}, {row.ratio:.2f}x"
     verdict = {None: "", True: "met", False: "MISSED"}[row.met]
     detail = ", ".join(f"{name} {_shown(value)}" for name, value in row.detail.items())
-    return f"{row.what:10s} {row.model:14s} x{row.concurrent:<3d} {row.truekv:10.4g} {row.unit:9s} {other:28s} {verdict:6s} {detail}"
+    measured = f"{row.what:10s} {row.model:14s} x{row.concurrent:<3d} {row.truekv:10.4g} {row.unit:9s}"
+    return f"{measured} {other:28s} {verdict:6s} {detail}"
 
 
-def _shown(value: object) -> str:
+def _shown(value: Any) -> str:  # noqa: ANN401 (JSON)
+    if isinstance(value, list):
+        return "/".join(_shown(one) for one in cast("list[Any]", value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -366,7 +369,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _size(asked: argparse.Namespace) -> Size:
     size = QUICK if asked.quick else Size()
     given = {name: getattr(asked, name) for name in ("models", "work", "concurrent", "format", "capture")}
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
+    changes: dict[str, Any] = {
+        name: tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        for name, value in given.items()
+        if value
+    }
     return replace(size, **changes)
 
 

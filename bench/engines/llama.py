@@ -79,7 +79,7 @@ class Llama:
         return times
 
     def batch(self, sequences: int, prompt: int, answer: int) -> tuple[float, float]:
-        """See bench.wire.Serving: prompts in batches of UBATCH tokens, then a token of each a step, as llama-batched-bench."""
+        """See bench.wire.Serving; as llama-batched-bench does it."""
         self.fill(0, sequences)
         prompts = [some_prompt(request, prompt) for request in range(sequences)]
         rows = [(owner, place, token) for owner, tokens in enumerate(prompts) for place, token in enumerate(tokens)]
@@ -88,8 +88,9 @@ class Llama:
         newest: list[int] = []
         for first in range(0, len(rows), UBATCH):
             part = rows[first : first + UBATCH]
+            owned, places, tokens = zip(*part, strict=True)
             last = [row for row, (_, place, _) in enumerate(part) if place == prompt - 1]
-            newest += self._run(*zip(*part, strict=True), last)
+            newest += self._run(owned, places, tokens, last)
         middle = time.perf_counter()
         # The first token of each answer came with its prompt.
         for place in range(prompt, prompt + answer - 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import Counter
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
@@ -28,8 +28,6 @@ SPREAD: Final = (0.5, 1.5)
 """Lengths of requests that come and go, in parts of the length asked for."""
 BYTES: Final = dict.fromkeys(range(some_token(0), some_token(0) + 256), 100.0)
 """A bias that leaves 256 tokens: whatever is drawn next has been drawn before, and was followed by something else."""
-DRAWN: Final = 512
-"""Tokens of a prompt before an answer that is drawn."""
 EXAMPLES: Final = 8
 """Questions to an embedded model."""
 
@@ -84,7 +82,7 @@ class Served:
             return {**spent, "seconds": time.perf_counter() - start, "tokens": tokens}
 
     def first_token(self, shared: int, own: int, request: int, salt: str) -> tuple[float, int]:
-        """Return seconds to the first token of a prompt, of which `shared` tokens are every request's; and cached ones."""
+        """Return seconds to the first token of a prompt whose first `shared` tokens all have; tokens cached."""
         tokens = some_prompt(0, shared) + some_prompt(1 + request, own)
         start = time.perf_counter()
         added = self._engine.add(tokens, SamplingParams(max_tokens=1, ignore_eos=True), salt=salt)
@@ -92,16 +90,16 @@ class Served:
             pass
         return time.perf_counter() - start, added.cached or 0
 
-    def answers(self, text: str, tokens: int) -> dict[str, Any]:
+    def answers(self, text: str, prompt: int, answer: int) -> dict[str, Any]:
         """Answer the prompts of a text one by one: seconds after their first tokens, all tokens, drafts by place.
 
-        `greedy`: one prompt, each token the likeliest. `drawn`: one prompt of 256 tokens at random, and so the
-        answer. `tasks`: held-out questions to an embedded model.
+        `greedy`: one prompt, each token the likeliest. `drawn`: one prompt, all its tokens and those of the answer
+        drawn from the same 256. `tasks`: held-out questions to an embedded model, of the lengths they have.
         """
         before = self._engine.stats
         seconds, said = 0.0, list[int]()
-        for prompt, params in self._prompts(text, tokens):
-            added = self._engine.add(prompt, params)
+        for asked, params in self._prompts(text, prompt, answer):
+            added = self._engine.add(asked, params)
             start = 0.0
             for _ in self._engine.run([added]):
                 start = start or (time.perf_counter() if added.generated else 0.0)
@@ -115,15 +113,15 @@ class Served:
             "accepted": _since(before.accepted, after.accepted),
         }
 
-    def _prompts(self, text: str, tokens: int) -> list[tuple[Sequence[int], SamplingParams]]:
+    def _prompts(self, text: str, prompt: int, answer: int) -> list[tuple[Sequence[int], SamplingParams]]:
         if text == "greedy":
-            return [(some_prompt(0, 64), SamplingParams(max_tokens=tokens, ignore_eos=True))]
+            return [(some_prompt(0, prompt), SamplingParams(max_tokens=answer, ignore_eos=True))]
         if text == "drawn":
-            params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=0, logit_bias=BYTES)
-            return [(some_prompt(0, DRAWN), params)]
+            params = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=1.0, seed=0, logit_bias=BYTES)
+            return [(some_prompt(0, prompt), params)]
         asked = [one for task in tasks.TASKS for one in tasks.examples(task, "heldout", 9, EXAMPLES)]
         return [
-            (self._llm.tokens(self._llm.conversation(one.messages, one.tools)), SamplingParams(max_tokens=tokens))
+            (self._llm.tokens(self._llm.conversation(one.messages, one.tools)), SamplingParams(max_tokens=answer))
             for one in asked
         ]
 
@@ -143,9 +141,9 @@ def _since(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
 
 
 @contextmanager
-def parts(engine: Engine) -> Generator[Counter[str]]:
+def parts(engine: Engine) -> Generator[dict[str, float]]:
     """Time what a step consists of; what one part calls counts for the inner one alone."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     inner = [0.0]
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
