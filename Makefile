@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 BUILD = $(CMAKE) --build build/$@ --parallel 2
 
-.PHONY: demo test campaign check wheel wheel-test sanitize arm64 bench bench-peer clean
+.PHONY: demo test campaign mutants check wheel wheel-test sanitize arm64 bench bench-peer clean
 
 demo: $(VENV)/.run
 	$(BIN)/truekv demo
@@ -22,6 +22,11 @@ test: $(VENV)/.test
 # A hundred thousand examples where make test draws two thousand: an hour.
 campaign: $(VENV)/.test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --hypothesis-profile=campaign tests/memory/test_reuse.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --campaign -m campaign
+
+# Bugs that other engines have shipped, put into the code one by one, and the test that notices each.
+mutants: $(VENV)/.test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=tests $(BIN)/python -m mutants
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .

@@ -2,6 +2,9 @@
 
 Every native call of a step is timed from Python; what is left is the engine's own Python and torch's small
 operations. Every line is the least of many steps, because other jobs only ever slow one down.
+
+With --capture, captured steps and the same ones run eagerly take turns instead. Their `host` is what is left when
+every native call returns at once.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 from unittest import mock
 
+from bench import capture
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.engines.truekv import start
 from bench.machine import native
@@ -47,9 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--sequences", type=int, default=1, help="with --capture: rows of a step")
+    parser.add_argument("--capture", action="store_true", help="compare captured steps with eager ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
+    if asked.capture:
+        ways = capture.compare(
+            str(checkpoint(asked.model)), asked.format, asked.depth, asked.sequences, asked.threads, asked.steps
+        )
+        print(json.dumps({name: asdict(way) for name, way in ways.items()}) if asked.json else capture.table(ways))
+        return 0
     best = fastest(str(checkpoint(asked.model)), asked.format, asked.depth, asked.threads, asked.steps)
     if asked.json:
         print(json.dumps(asdict(best) | {"total": best.total}))

@@ -85,6 +85,9 @@ struct Partial {
   }
 };
 
+// Where lanes are NaN.
+INLINE auto no_number(F32 v) { return more((I32)v & all((int32_t)0x7fffffff), all((int32_t)0x7f800000)); }
+
 INLINE float finite_or_zero(float x) { return x == -INFINITY ? 0.0f : x; }
 INLINE float exp_of(float x) { return exp(all(x))[0]; }
 
@@ -250,7 +253,7 @@ class Attention {
 
   void fold(Partial& into, const Partial& part, int64_t rows) const {
     for (int64_t r = 0; r < rows; r++) {
-      if (part.highest[r] == -INFINITY) continue;
+      if (part.total[r] == 0.0f) continue;
       float highest = std::max(into.highest[r], part.highest[r]);
       float before = exp_of(into.highest[r] - highest), now = exp_of(part.highest[r] - highest);
       into.highest[r] = highest;
@@ -370,26 +373,29 @@ class Attention {
   // One step of the online softmax of one row over one block: weights (times the values' scales) from scores.
   void soften(const Item& tile, int r, int64_t key, float* const* scores, const F32 (*factor)[2], const F32* unit,
               Partial& part, float* weights) const {
-    constexpr I32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    alignas(64) constexpr int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I32 count = load<I32>(counted);
     int64_t last = position(tile.sequence, tile.first + r), first = oldest(last);
     int32_t low = (int32_t)std::max<int64_t>(first - key, 0), high = (int32_t)std::min<int64_t>(last - key, KEYS - 1);
     F32 s[2];
     for (int i = 0; i < 2; i++) {
       s[i] = load<F32>(scores[0] + r * KEYS + i * LANES) * factor[0][i];
       if (a.fields > 1) s[i] = fma(load<F32>(scores[1] + r * KEYS + i * LANES), factor[1][i], s[i]);
-      I32 place = COUNT + all((int32_t)(i * LANES));
+      I32 place = count + all((int32_t)(i * LANES));
       // Chosen, not multiplied: what lies in unwritten lines may be NaN.
-      s[i] = (place >= all(low)) & (place <= all(high)) ? s[i] : all(-INFINITY);
+      s[i] = choose(more(all(low), place) | more(place, all(high)), all(-INFINITY), s[i]);
     }
     float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
     F32 relative = all(finite_or_zero(highest));
-    F32 p[2] = {exp(s[0] - relative), exp(s[1] - relative)};
+    // A key that is no number must not pass for one of no weight.
+    F32 p[2];
+    for (int i = 0; i < 2; i++) p[i] = choose(no_number(s[i]), s[i], exp(s[i] - relative));
     float before = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
     part.highest[r] = highest;
     part.total[r] = part.total[r] * before + sum(p[0] + p[1]);
     for (int i = 0; i < 2; i++) {
-      I32 place = COUNT + all((int32_t)(i * LANES));
-      store(weights + r * KEYS + i * LANES, place <= all(high) ? p[i] * unit[i] : zero());
+      I32 place = count + all((int32_t)(i * LANES));
+      store(weights + r * KEYS + i * LANES, choose(more(place, all(high)), zero(), p[i] * unit[i]));
     }
     if (before != 1.0f)
       for (int i = 0; i < value.lanes; i += LANES) {

@@ -37,9 +37,9 @@ INLINE F32 sixteen(const uint16_t* from) { return load_bf16(from); }
 template <class T>
 INLINE F32 numbers(const T* from, int64_t count) {
   if (count >= LANES) return sixteen(from);
-  F32 v = zero();
-  for (int64_t i = 0; i < count; i++) v[i] = number(from[i]);
-  return v;
+  alignas(64) float lanes[LANES] = {};
+  for (int64_t i = 0; i < count; i++) lanes[i] = number(from[i]);
+  return load<F32>(lanes);
 }
 
 INLINE void put(float* to, F32 v, int64_t count) {
@@ -114,11 +114,15 @@ INLINE void columns(const T* from, int64_t n, int64_t count, F32* to) {
 }
 
 // The taps of nearly every model: four bfloat16 numbers a channel, which are one lane of 64 bits.
+#if defined(__AVX512F__)
 INLINE void columns_of_four(const uint16_t* from, F32* to) {
   typedef uint64_t U64 __attribute__((vector_size(128), may_alias));
   const U64 fours = load<U64>(from);
   for (int j = 0; j < 4; j++) to[j] = (F32)(__builtin_convertvector(fours >> (16 * j), U32) << 16);
 }
+#else
+INLINE void columns_of_four(const uint16_t* from, F32* to) { columns(from, 4, LANES, to); }
+#endif
 INLINE void columns_of_four(const float* from, F32* to) { columns(from, 4, LANES, to); }
 
 INLINE F32 silu(F32 x) { return x / (all(1.0f) + exp(min(zero() - x, all(88.0f)))); }

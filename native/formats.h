@@ -73,7 +73,7 @@ struct Int8 : Float32 {
 struct Fp8E4M3 : Int8 {
   using Int8::Int8;
   INLINE void read(const uint8_t* row, int unit, F32* out) const {
-    I16 wide = __builtin_convertvector(load<I8>(row + 16 * unit), I16);
+    I16 wide = widen_half_way(load<I8>(row + 16 * unit));
     out[0] = widen_half((U16)(wide << 7 & (int16_t)0xBFFF));
   }
 };
@@ -82,7 +82,7 @@ struct Fp8E4M3 : Int8 {
 struct Fp8E5M2 : Int8 {
   using Int8::Int8;
   INLINE void read(const uint8_t* row, int unit, F32* out) const {
-    out[0] = widen_half(__builtin_convertvector(load<U8>(row + 16 * unit), U16) << 8);
+    out[0] = widen_half((U16)widen_half_way(load<I8>(row + 16 * unit)) << 8);
   }
 };
 
@@ -149,11 +149,11 @@ struct Blocks {
     const uint8_t* block = row + BYTES * unit;
     table.both(load<U8>(block + BYTES - 16), out[0], out[1]);
     if (FIFTH) {
-      constexpr I32 LANE = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+      alignas(64) constexpr int32_t bit[LANES] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
       int32_t bits = load<int32_t>(block + 2 * HEADERS);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
-        I32 set = (all(bits >> 16 * half) & LANE) != 0;
+        I32 set = same(all(bits >> 16 * half) & load<I32>(bit), load<I32>(bit));
         out[half] += (F32)(set & (I32)all(16.0f));
       }
     }

@@ -157,13 +157,11 @@ INLINE void write(T* to, F32 v, int64_t count) {
   if (count > 0) memcpy(to, part, count * sizeof(T));
 }
 
-INLINE F32 choose(I32 condition, F32 yes, F32 no) { return (F32)((condition & (I32)yes) | (~condition & (I32)no)); }
-
 // 1 / (1 + e^-a); no exponential of a positive number, which could overflow. NaN stays NaN.
 INLINE F32 sigmoid(F32 a) {
   F32 e = exp((F32)((I32)a | (int32_t)0x80000000));
-  F32 s = choose(a >= zero(), all(1.0f), e) / (all(1.0f) + e);
-  return choose(a != a, a, s);
+  F32 s = choose(more(zero(), a), e, all(1.0f)) / (all(1.0f) + e);
+  return choose(is_nan(a), a, s);
 }
 
 INLINE F32 silu(F32 a) { return a * sigmoid(a); }
@@ -228,7 +226,7 @@ void activate(const Activate& a) {
       F32 v = read(x + i, a.dim - i);
       if (a.relu2) {
         // A comparison that NaN passes, unlike a maximum.
-        F32 positive = choose(v < zero(), zero(), v);
+        F32 positive = choose(more(zero(), v), zero(), v);
         write(out + i, positive * positive, a.dim - i);
       } else {
         write(out + i, silu(v) * read(x + a.dim + i, a.dim - i), a.dim - i);
@@ -294,8 +292,7 @@ INLINE void planes_at(const T* x, int64_t at, int64_t planes, bool interleaved, 
     return;
   }
   const F32 low = read(x + 2 * at, 2 * left), high = read(x + 2 * at + LANES, 2 * left - LANES);
-  first = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  second = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  unzip(low, high, first, second);
 }
 
 template <class T>
@@ -326,12 +323,13 @@ int64_t best(const float* values, const bool* taken, int64_t count) {
 }
 
 void score(const Route& a, const float* logits, float* scores) {
-  F32 top = all(-INFINITY), total = zero();
-  for (int64_t i = 0; i < a.experts; i++) top[i % LANES] = logits[i] > top[i % LANES] ? logits[i] : top[i % LANES];
-  const F32 highest = all(largest(top));
+  float top = -INFINITY;
+  for (int64_t i = 0; i < a.experts; i++) top = logits[i] > top ? logits[i] : top;
+  const F32 highest = all(top);
+  F32 total = zero();
   for (int64_t i = 0; i < a.experts; i += LANES) {
     F32 l = read(logits + i, a.experts - i);
-    F32 e = a.sigmoid ? sigmoid(l) : choose(l != l, l, exp(l - highest));
+    F32 e = a.sigmoid ? sigmoid(l) : choose(is_nan(l), l, exp(l - highest));
     write(scores + i, e, a.experts - i);
     total = total + read(scores + i, a.experts - i);
   }
@@ -422,7 +420,7 @@ bool finite(const Part& part, const int64_t* rows, int64_t count) {
       // Infinity and NaN are what has all bits of the exponent.
       I32 found = {};
       for (int64_t i = b * block; i < end; i += LANES)
-        found |= ((I32)read(x + i, end - i) & 0x7F800000) == 0x7F800000;
+        found |= same((I32)read(x + i, end - i) & 0x7F800000, all(0x7F800000));
       for (int lane = 0; lane < LANES; lane++) bad |= found[lane];
     }
   return !bad;

@@ -1,6 +1,58 @@
-"""How long the tests that draw examples look for one that fails."""
+"""How much is tried: what fits into every run, or the whole campaign."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Tests that name no number of their own scale with it: fifty times the default.
 settings.register_profile("campaign", max_examples=50 * settings.default.max_examples, deadline=None)
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="run the full products too (make campaign)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "campaign: too long for every run; part of make campaign")
+    config.stash[_LEFT_OUT] = 0
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_Workers(config))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--campaign"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("campaign")]
+    items[:] = [item for item in items if not item.get_closest_marker("campaign")]
+    config.stash[_LEFT_OUT] = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    if output := getattr(session.config, "workeroutput", None):
+        output["left_out"] = session.config.stash[_LEFT_OUT]
+    yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash[_LEFT_OUT]:
+        terminalreporter.write_line(f"{count} tests were left to make campaign")
+
+
+class _Workers:
+    """Carries the count of every worker's collection, which all have collected the same, to the one who prints it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)

@@ -26,3 +26,14 @@ def test_every_native_call_of_a_step_is_counted(folder: Path, capsys: pytest.Cap
     assert printed["calls"]["finite"] == 7
     assert printed["operations"].keys() == printed["calls"].keys()
     assert printed["total"] > printed["outside"] > 0
+
+
+@pytest.mark.skipif(library() is None, reason="the native library was not built")
+def test_captured_and_eager_steps_are_timed_in_turns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert folder.is_dir()
+    arguments = ["--capture", "--depth", "40", "--threads", "1", "--steps", "3", "--sequences", "2"]
+    assert step.main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() == {"eager", "captured"}
+    assert all(way["median"] >= way["least"] > 0 for way in printed.values())
+    assert 0 < printed["captured"]["host"] < printed["eager"]["host"]

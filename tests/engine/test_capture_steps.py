@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from random_models import save_dense, save_hybrid, save_latent, save_mamba
 from truekv.core.batch import Chunk, Step
 from truekv.core.errors import Refused
 from truekv.engine import capture, padding, recording
-from truekv.engine.capture import StepGraphs
+from truekv.engine.capture import Captured, StepGraphs
 from truekv.formats.choice import choose_formats
 from truekv.kernels.native.library import library
 from truekv.kernels.table import select
@@ -265,6 +266,23 @@ def test_recordings_share_their_memory(
     assert torch.equal(eager, captured)
     assert twins.graphs.recorded == 2
     assert pool.nbytes <= 1.2 * alone
+
+
+@native_only
+def test_a_recording_keeps_what_its_calls_point_to(checkpoint: Callable[[str], Checkpoint]) -> None:
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    page, slot = twins.graphs.scratch.pages[0], twins.graphs.scratch.slot
+    empty = padding.nobody(padding.StepSize(2, 2, 1, 1), slot, page, twins.captured.device)
+    alone = Captured(lambda step: twins.model.forward(step, twins.captured.layers), empty)
+    gc.collect()
+    overwriting = [torch.full((size,), torch.nan) for size in (16, 32, 64, 128, 256, 512) for _ in range(64)]
+    sides: list[torch.Tensor] = []
+    for side, arena in enumerate((twins.eager, twins.captured)):
+        step = arena.reserve([Chunk(twins.held[0][side], [5])])
+        with torch.inference_mode():
+            sides.append(alone(step) if side else twins.model.forward(step, arena.layers))
+    assert torch.equal(*sides)
+    assert all(block.isnan().all() for block in overwriting)
 
 
 def test_an_arena_that_checks_on_the_host_is_refused(checkpoint: Callable[[str], Checkpoint]) -> None:

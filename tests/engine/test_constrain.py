@@ -314,12 +314,25 @@ def test_a_step_beyond_the_limits_ends_that_answer_with_an_error_of_its_own() ->
     assert "\n" not in str(failed.value)
 
 
+def test_a_failed_constraint_stays_failed_and_never_admits_an_end() -> None:
+    constraint = start(regex="a{1000}{1000}")
+    with pytest.raises(ConstraintFailed, match="too many expressions"):
+        constraint.advance(ids("a")[0])
+    with pytest.raises(ConstraintFailed, match="too many expressions"):
+        constraint.mask(torch.zeros(VOCAB))
+    constraint = start(regex="ab")
+    with pytest.raises(ConstraintFailed, match="cannot be continued"):
+        constraint.advance(ids("b")[0])
+
+
 def test_the_engine_answers_in_the_grammar_and_ends_with_stop(dense: Path) -> None:
     llm = LLM(str(dense), max_model_len=256)
     wanted = StructuredOutputs(choice=["hello world", "good bye"])
     for params in (SamplingParams(structured_outputs=wanted), SamplingParams(temperature=2, structured_outputs=wanted)):
         result = llm.generate("hello", params)[0]
         assert result.text in {"hello world", "good bye"}
+        # What is complete needs no end token and no step for it.
+        assert not llm._engine.ends & set(result.tokens)
         assert result.finish_reason == "stop"
     cut = llm.generate("hello", SamplingParams(max_tokens=3, structured_outputs=StructuredOutputs(regex="x{9}")))[0]
     assert (cut.text, cut.finish_reason) == ("xxx", "length")

@@ -28,7 +28,10 @@ def assert_all_returned(llm: LLM) -> None:
     engine = engine_of(llm)
     arena = engine.runner.arena
     arena.check()
-    assert (arena.available_pages, arena.free_slots, arena.held_pages) == (arena.plan.pages, arena.plan.slots, 0)
+    # The padding of captured steps has a slot and a page.
+    scratch = arena.plan.slots - llm.options.max_num_seqs
+    assert (arena.plan.pages - arena.available_pages, arena.held_pages) == (scratch, scratch)
+    assert arena.free_slots == llm.options.max_num_seqs
     assert not engine.schedule.running
     assert not engine.schedule.waiting
     assert not engine._answers
@@ -212,7 +215,8 @@ def break_rows_of(layer: Any, token: int, *, raises: bool) -> None:
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_corrupted_request_ends_alone(dense: Path, *, raises: bool) -> None:
-    llm = LLM(str(dense), max_model_len=128)
+    # A step that stops half-way can only be one that is not replayed.
+    llm = LLM(str(dense), max_model_len=128, capture="off" if raises else "on")
     engine = engine_of(llm)
     healthy = [result.tokens for result in llm.generate(PROMPTS, FREE)]
     arena = engine.runner.arena

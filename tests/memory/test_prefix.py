@@ -233,6 +233,20 @@ def test_drafts_within_their_limit_never_jump_over_a_state(begin: int, accepted:
     assert run(toy, arena, [*real[:64], 1, 2]) == 64
 
 
+def test_a_state_that_another_sequence_started_from_stays_where_it_is() -> None:
+    arena = cached(HYBRID)
+    tokens = random_tokens(100)
+    first = arena.open(tokens[:40])
+    catch_up(HYBRID, arena, first, tokens[:65])
+    second = arena.open([*tokens[:64], 1])
+    assert second.position == 64
+    catch_up(HYBRID, arena, first, tokens)
+    saved = [node.checkpoint >= 0 for node in arena._leases[first.slot].nodes]
+    assert saved == [True, True, True]
+    arena.close(second)
+    assert run(HYBRID, arena, [*tokens[:64], 2]) == 64
+
+
 @KINDS
 def test_without_drafts_or_recurrent_layers_nothing_is_limited(toy: Toy) -> None:
     plain = make_arena(toy.layers)

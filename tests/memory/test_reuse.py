@@ -76,6 +76,7 @@ class Requests(RuleBasedStateMachine):
         plan, kernels = planned(self.toy)
         self.arena = Arena(model_spec(self.toy.layers), plan, kernels, poison=True, prefix_interval=64)
         self.open: list[Reader] = []
+        self.salts: set[str] = set()
 
     @initialize(texts=st.lists(st.sampled_from(TEXTS), max_size=2))
     def fill(self, texts: list[tuple[int, ...]]) -> None:
@@ -93,6 +94,8 @@ class Requests(RuleBasedStateMachine):
         sequence = self.arena.open(text[:length], salt=salt, reuse=reuse)
         self.open.append(Reader(text, salt, sequence, length))
         assert sequence.position < length
+        assert salt in self.salts or not sequence.position
+        self.salts.add(salt)
         assert reuse or not sequence.position
         self.verify()
 

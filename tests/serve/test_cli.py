@@ -76,7 +76,11 @@ def test_json_is_one_object_with_the_effective_plan(truekv: Call, dense: Path) -
     assert done.out.count("\n") == 1
     assert [len(place["top"]) for place in value["logprobs"]] == [3] * len(value["tokens"])
     assert [layer["formats"] for layer in value["kv_plan"]["layers"]] == [{"k": "q8_0", "v": "q4_0"}] * 2
-    assert value["usage"] == {"prompt_tokens": 1, "completion_tokens": len(value["tokens"])}
+    assert value["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": len(value["tokens"]),
+        "cached_tokens": 0,
+    }
 
 
 def test_sampling_options_reach_the_sampler(truekv: Call, dense: Path) -> None:

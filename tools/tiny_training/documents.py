@@ -69,11 +69,21 @@ def echo(rng: random.Random) -> Iterator[Segment]:
         yield from message("assistant", f"The {text}.")
 
 
+def _rivals(rng: random.Random) -> list[tasks.Fact]:
+    """Draw facts of one kind about many people, and a few of other kinds."""
+    drawn = tasks.random_facts(rng, "train", 24)
+    attribute = rng.choice(drawn).attribute
+    told = [fact for fact in drawn if fact.attribute == attribute][: rng.randint(3, 8)]
+    told += [fact for fact in drawn if fact.attribute != attribute][: rng.randint(0, 3)]
+    rng.shuffle(told)
+    return told
+
+
 def recital(rng: random.Random) -> Iterator[Segment]:
     """Tell facts and recite them in another order: the shortest way to teach recall."""
     yield from _system(rng)
     while True:
-        facts = tasks.random_facts(rng, "train", rng.randint(3, 8))
+        facts = tasks.random_facts(rng, "train", rng.randint(3, 8)) if rng.randrange(2) else _rivals(rng)
         facts += [tasks.random_secret(rng, "train", owner) for owner in rng.sample(words.NAMES, rng.randint(0, 3))]
         rng.shuffle(facts)
         yield from message("user", " ".join(fact.statement() for fact in facts))
@@ -108,11 +118,7 @@ def chat(rng: random.Random) -> Iterator[Segment]:
 def rivals(rng: random.Random) -> Iterator[Segment]:
     """Tell one kind of fact about many people, and ask for each: only the name tells the answers apart."""
     yield from _system(rng)
-    drawn = tasks.random_facts(rng, "train", 24)
-    attribute = rng.choice(drawn).attribute
-    told = [fact for fact in drawn if fact.attribute == attribute][: rng.randint(3, 8)]
-    told += [fact for fact in drawn if fact.attribute != attribute][: rng.randint(0, 3)]
-    rng.shuffle(told)
+    told = _rivals(rng)
     for start in range(0, len(told), 3):
         yield from turn_segments(tasks.telling_turn(told[start : start + 3]))
     while True:

@@ -133,3 +133,15 @@ def forget_soon(model: nn.Module) -> None:
             rates = torch.logspace(0, -3, len(module.dt_bias), base=2)
             module.dt_bias.copy_(rates.expm1().log())
             module.in_proj_a.weight.clamp_(-0.005, 0.005)
+
+
+@torch.no_grad()
+def cool(model: nn.Module, factor: float) -> None:
+    """Divide the logits of latent attention, before training goes on.
+
+    They have no norm that bounds them. Where they have grown until each head looks at exactly one token, no gradient
+    says where else to look; an eighth of them says almost the same, and learns again.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_b_proj.weight"):
+            parameter.div_(factor)

@@ -11,12 +11,12 @@ NOT_MATRICES = ("embed", "conv1d", "gate.weight")  # what Muon does not suit: lo
 class Optimizer:
     """Muon for the layers' matrices, AdamW for the rest."""
 
-    def __init__(self, model: nn.Module, muon_rate: float, adam_rate: float) -> None:
+    def __init__(self, model: nn.Module, muon_rate: float, adam_rate: float, decay: float = 0.0) -> None:
         """Split the trainable parameters."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = {name: p for name, p in named if p.ndim > 1 and not any(x in name for x in NOT_MATRICES)}
         self._parameters = [p for _, p in named]
-        self._muon = Muon(matrices.values())
+        self._muon = Muon(matrices.values(), decay=decay)
         others = [p for name, p in named if name not in matrices]
         self._adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self._rates = muon_rate, adam_rate

@@ -127,7 +127,7 @@ class Engine:
             accepted=tuple(tally.accepted) if tally else (),
             prefix=arena.prefix,
             pages=schedule.pages,
-            held_pages=arena.held_pages,
+            held_pages=schedule.pages - arena.available_pages,
         )
 
     def abort(self, request: Request) -> None:

@@ -86,7 +86,10 @@ class Recording:
 
     def __init__(self, function: Callable[[], torch.Tensor], pool: Pool | None = None) -> None:
         """Run `function` once; the run is real: whatever it writes is written."""
-        witness = _Witness(pool or Pool())
+        pool = pool or Pool()
+        # Native calls know addresses only: what lies there is kept by whoever owned it while they were recorded.
+        self._owners = (function, pool)
+        witness = _Witness(pool)
         # Inference mode would show `if tensor:` as one operation of many names; without it, all reads look alike.
         with torch.inference_mode(mode=False), torch.no_grad(), recording():
             self._output = witness.run(function)

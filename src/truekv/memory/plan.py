@@ -6,7 +6,7 @@ formats is one sum per page and one per slot, and memory is divided by those two
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from truekv.core.errors import DoesNotFit, Refused
@@ -115,6 +115,7 @@ def plan(
     dtype: Literal["float32", "bfloat16"] = "float32",
     draft_formats: Seq[Chosen] | None = None,
     checkpoints: int | None = 0,
+    scratch: int = 0,
     reserved: int = 0,
 ) -> MemoryPlan:
     """Divide memory among layers, without allocating any.
@@ -125,34 +126,34 @@ def plan(
     `max_model_len` tokens need. `drafts` is the capacity of the log. `checkpoints` saves so
     many recurrent states for the prefix cache; None takes two per sequence and eight more, of a given
     `memory` at most one eighth unless that is less than one per sequence, and never what a sequence
-    needs to run. Raises DoesNotFit when one sequence of `max_model_len` tokens, or one page per
-    sequence, has no room; its sentence then asks for memory on top of the `reserved` bytes (weights)
-    of the device.
+    needs to run. `scratch` sequences of one page each come on top. Raises DoesNotFit when one
+    sequence of `max_model_len` tokens, or one page per sequence, has no room; its sentence then asks
+    for memory on top of the `reserved` bytes (weights) of the device.
     """
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
         raise Refused(
             f"max_model_len is {max_model_len}, but this checkpoint has positions for 1 to {spec.max_positions} tokens"
         )
-    if max_num_seqs < 1 or drafts < 0 or (checkpoints or 0) < 0:
-        raise Refused(
-            f"a plan needs at least 1 sequence, 0 drafts and 0 checkpoints, not {max_num_seqs}, {drafts} "
-            f"and {checkpoints}"
-        )
+    if max_num_seqs < 1 or min(drafts, checkpoints or 0) < 0:
+        found = f"{max_num_seqs}, {drafts} and {checkpoints}"
+        raise Refused(f"a plan needs at least 1 sequence, 0 drafts and 0 checkpoints, not {found}")
     longest = max_model_len or spec.max_positions
     layers = _layer_plans(spec.layers, formats, dtype, drafts)
     draft_layers = _layer_plans(spec.draft_layers, draft_formats, dtype, drafts) if draft_formats is not None else ()
     draft = MemoryPlan(layers, draft_layers, PAGE_TOKENS, 0, max_num_seqs, drafts, dtype, longest)
-    saved = _checkpoints(draft, memory, max_model_len or 1) if checkpoints is None else checkpoints
+    aside = scratch * (draft.page_bytes + draft.state_bytes_per_sequence)
+    room = None if memory is None else memory - aside
+    saved = _checkpoints(draft, room, max_model_len or 1) if checkpoints is None else checkpoints
+    kept = saved * draft.checkpoint_bytes
     pages = max_num_seqs * draft.pages_for(longest)
     # Layers without rows leave nothing to divide: their pages are numbers that cost no bytes.
-    if memory is not None and draft.page_bytes:
-        states = max_num_seqs * draft.state_bytes_per_sequence + saved * draft.checkpoint_bytes
-        pages = (memory - states) // draft.page_bytes
-    result = MemoryPlan(layers, draft_layers, PAGE_TOKENS, pages, max_num_seqs, drafts, dtype, longest, saved)
-    if memory is not None:
-        kept = saved * draft.checkpoint_bytes
-        _check_fits(result, memory - kept, max_model_len or 1, spec, draft_formats is not None, reserved + kept)
-    return result
+    if room is not None and draft.page_bytes:
+        pages = (room - max_num_seqs * draft.state_bytes_per_sequence - kept) // draft.page_bytes
+    result = replace(draft, pages=pages, checkpoints=saved)
+    if room is not None:
+        aside += kept
+        _check_fits(result, room - kept, max_model_len or 1, spec, draft_formats is not None, reserved + aside)
+    return replace(result, pages=pages + scratch, slots=max_num_seqs + scratch)
 
 
 def readable(count: int) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import truekv
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
+from truekv.kernels.table import NATIVE
 
 if TYPE_CHECKING:
     from truekv.core.batch import Step
@@ -77,23 +78,24 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     asked = options.kv_cache_dtype, options.kv_cache_map, dtype
     formats = choose_formats(spec, *asked)
     draft_formats = choose_formats(spec, *asked, draft=True) if predicts else None
+    names, draft_names = ([chosen or () for chosen in group] for group in (formats, draft_formats or ()))
+    kernels = select(spec, names, draft_names, backend=options.kernel_backend)
     planned = plan(
         spec,
         formats,
         draft_formats=draft_formats,
         memory=options.memory,
         max_model_len=options.max_model_len,
-        # A captured step's padding has a sequence of its own.
-        max_num_seqs=options.max_num_seqs + captures(options),
+        max_num_seqs=options.max_num_seqs,
         drafts=options.drafts,
         dtype=dtype,
         checkpoints=None if options.enable_prefix_caching else 0,
+        # A captured step's padding is a sequence of its own.
+        scratch=int(captures(options, kernels)),
     )
     _fits_guesses(options, planned)
     measured = _measured(checkpoint, options.kv_cache_frames, model)
     _permit(spec, formats, draft_formats or (), measured, model)
-    names, draft_names = ([chosen or () for chosen in group] for group in (formats, draft_formats or ()))
-    kernels = select(spec, names, draft_names, backend=options.kernel_backend)
     tokenizer = Tokenizer.open(checkpoint.directory)
     template = ChatTemplate.open(checkpoint.directory)
     checkpoint.check()
@@ -111,6 +113,7 @@ def build(blueprint: Blueprint) -> Engine:
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
     model = checkpoint.load(blueprint.dtype, blueprint.kernels.ops)
+    captured = captures(options, blueprint.kernels)
     arena = Arena(
         model.spec,
         plan,
@@ -118,11 +121,11 @@ def build(blueprint: Blueprint) -> Engine:
         blueprint.frames,
         poison=options.debug_poison,
         # What is replayed cannot stop half-way; the runner looks at the numbers that come out.
-        check_finite=not captures(options),
+        check_finite=not captured,
         prefix_interval=options.prefix_checkpoint_interval if options.enable_prefix_caching else None,
     )
     # Captured steps come first: what their padding holds is nobody's any more.
-    runner = Runner(model, arena, _captured(options, model, arena))
+    runner = Runner(model, arena, _replayed(model, arena) if captured else None)
     drafter = _drafter(options, model, arena)
     schedule = Schedule(
         pages=arena.available_pages,
@@ -142,14 +145,12 @@ def build(blueprint: Blueprint) -> Engine:
     )
 
 
-def captures(options: EngineOptions) -> bool:
-    """Whether small steps are recorded and replayed."""
-    return options.capture == "on"
+def captures(options: EngineOptions, kernels: Kernels) -> bool:
+    """Whether small steps are recorded and replayed: docs/decisions/capture.md says where that pays."""
+    return options.capture == "on" or (options.capture == "auto" and kernels.backend == NATIVE)
 
 
-def _captured(options: EngineOptions, model: Model, arena: Arena) -> Callable[[Step], torch.Tensor] | None:
-    if not captures(options):
-        return None
+def _replayed(model: Model, arena: Arena) -> Callable[[Step], torch.Tensor]:
     from truekv.engine.capture import StepGraphs
 
     def forward(step: Step) -> torch.Tensor:

@@ -85,8 +85,8 @@ class Chat:
         drafted, accepted = (sum(self.llm.stats[name]) for name in ("drafted", "accepted"))
         guesses = f"; {accepted} of {drafted} drafts accepted" if drafted else ""
         return (
-            f"turns {stats.turns}; last answer: {stats.prompt_tokens} tokens read, {stats.cached_tokens} of them from the "
-            f"cache, {stats.completion_tokens} written in {stats.seconds:.1f} s ({speed:.1f} tokens/s){guesses}; "
+            f"turns {stats.turns}; last answer: {stats.prompt_tokens} tokens read, {stats.cached_tokens} of them from "
+            f"the cache, {stats.completion_tokens} written in {stats.seconds:.1f} s ({speed:.1f} tokens/s){guesses}; "
             f"context {used} of {self.llm.max_model_len} tokens\n"
         )
 

@@ -14,6 +14,7 @@ from truekv.core.spec import Field, Paged
 from truekv.formats.choice import codecs
 from truekv.kernels.native import paged as native
 from truekv.kernels.native.library import library
+from truekv.kernels.reference import paged as reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -217,3 +218,20 @@ def test_a_query_of_no_number_spoils_its_own_row_only(name: str) -> None:
     assert got[1, 3].isnan().all()
     got[1, 3] = whole[1, 3]
     assert torch.equal(got, whole)
+
+
+@every_isa
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "kv4", "kv3", "q5_1"])
+def test_a_stored_row_of_no_number_spoils_its_sequence_and_nobody_else(name: str, which: int) -> None:
+    cache = fill(gqa(2, 64), formats(name, name), [70, 40])
+    step = cache.step([3, 1])
+    (query,) = cache.queries(step, 2)
+    whole = run(cache, step, (query,))
+    # The row of the first sequence's second new token and first kv head, as key or as value alone.
+    for plane in reference.planes(cache.fields[which]):
+        plane[step.page[1], 0, step.line[1]] = 0xFF
+    got = run(cache, step, (query,))
+    assert got[1:3, :2].isnan().all()
+    assert torch.equal(got[:, 2:], whole[:, 2:])
+    assert torch.equal(got[3], whole[3])

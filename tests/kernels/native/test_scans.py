@@ -273,3 +273,31 @@ def test_too_many_taps_are_refused() -> None:
 
 def test_every_rule_of_the_reference_is_native() -> None:
     assert set(NATIVE) == set(REFERENCE)
+
+
+@pytest.mark.parametrize("layer", SMALL, ids=name_of)
+def test_rows_without_tokens_and_tokens_without_a_row_change_nothing(layer: Recurrent, isa: str) -> None:
+    del isa
+    case = random_case(layer, torch.float32, 3)
+    out, state, log = case.run(NATIVE[layer.rule])
+    nobody = next(slot for slot in range(SLOTS) if slot not in case.step.slot.tolist())
+    padded = dataclasses.replace(
+        case,
+        inputs={name: torch.cat([rows, torch.full_like(rows[:1], torch.nan)]) for name, rows in case.inputs.items()},
+        # Two rows on one slot, as in a padded step.
+        step=dataclasses.replace(
+            case.step,
+            gather=torch.nn.functional.pad(case.step.gather, (0, 0, 0, 2)),
+            slot=torch.cat([case.step.slot, torch.tensor([nobody, nobody])]),
+            **{
+                name: torch.nn.functional.pad(getattr(case.step, name), (0, 2))
+                for name in ("position", "count", "certain", "replay")
+            },
+        ),
+    )
+    got, padded_state, padded_log = padded.run(NATIVE[layer.rule])
+    assert torch.equal(got[:-1], out)
+    assert not got[-1].any()
+    for one, other in ((state, padded_state), (log, padded_log)):
+        for name, slab in one.items():
+            assert torch.equal(slab.view(torch.uint8), other[name].view(torch.uint8))

@@ -21,7 +21,7 @@ NativeCall = tuple[Any, ctypes.Structure]
 
 
 class Library:
-    """The loaded library. `isa` is the instruction set whose kernels `call` runs."""
+    """The loaded library. `isa` is the instruction set whose kernels `call` runs, or those of the best one below it."""
 
     def __init__(self, path: Path) -> None:
         """Load it; torch comes first, so that both share one OpenMP runtime and its threads."""
@@ -70,13 +70,15 @@ class Library:
             self.recorder = None
 
     def _bind(self, op: str, arguments: type[ctypes.Structure]) -> Any:  # noqa: ANN401 (ctypes has no public name for it)
-        size = getattr(self._library, f"truekv_{op}_size_{self.isa}")()
+        runnable = self.isas[: self.isas.index(self.isa) + 1]
+        variant = next(isa for isa in reversed(runnable) if hasattr(self._library, f"truekv_{op}_{isa}"))
+        size = getattr(self._library, f"truekv_{op}_size_{variant}")()
         if size != ctypes.sizeof(arguments):
             raise Refused(
                 f"the native library takes {size} bytes of arguments for {op}, this truekv gives "
                 f"{ctypes.sizeof(arguments)}: it belongs to another version; install the package again"
             )
-        function = getattr(self._library, f"truekv_{op}_{self.isa}")
+        function = getattr(self._library, f"truekv_{op}_{variant}")
         function.restype = None
         self._functions[op, self.isa] = function
         return function

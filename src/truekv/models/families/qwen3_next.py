@@ -58,6 +58,23 @@ def read_mixture(config: Config, hidden: int, *, normalised: bool) -> MoeShape:
     )
 
 
+def _read_attention(config: Config, sizes: Sizes) -> GqaShape:
+    """Read the sizes of the gated attention."""
+    bias = config.boolean("attention_bias", default=False)
+    return GqaShape(
+        sizes.hidden,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        bias=bias,
+        out_bias=bias,
+        head_norm=True,
+        zero_centred=True,
+        eps=sizes.eps,
+        gated=True,
+    )
+
+
 def _read_gdn(config: Config, sizes: Sizes, *, packed: bool) -> GdnShape:
     """Read the sizes of the gated delta rule."""
     shape = GdnShape(
@@ -91,19 +108,7 @@ def read_hybrid(
 
     `ffns` has one block per layer; `drafts` counts the prediction layers where the config does not.
     """
-    bias = config.boolean("attention_bias", default=False)
-    attention = GqaShape(
-        sizes.hidden,
-        sizes.heads,
-        sizes.kv_heads,
-        sizes.head_dim,
-        bias=bias,
-        out_bias=bias,
-        head_norm=True,
-        zero_centred=True,
-        eps=sizes.eps,
-        gated=True,
-    )
+    attention = _read_attention(config, sizes)
     recurrence = _read_gdn(config, sizes, packed=packed)
     every = config.integer("full_attention_interval", 4, high=1024)
     usual = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(sizes.layers)]

@@ -1,0 +1,7 @@
+"""All mutants, those of one test together."""
+
+from typing import Final
+
+from mutants import engine, layers, memory
+
+MUTANTS: Final = tuple(sorted((*memory.MUTANTS, *layers.MUTANTS, *engine.MUTANTS), key=lambda mutant: mutant.test_name))
