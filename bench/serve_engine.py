@@ -55,8 +55,8 @@ class Size:
     """Tokens of a prompt before an answer with and without guesses."""
     spoken: int = 192
     """Tokens of an answer with and without guesses."""
-    ngram: int = 5
-    """Guesses by lookup: with the token before them as many rows as a tile of the linear kernels has."""
+    ngram: int = 7
+    """Guesses by lookup."""
     mtp: int = 3
     embedded: str = "tiny-hybrid"
 
