@@ -49,7 +49,7 @@ def test_it_is_small(native: Library) -> None:
 def test_only_operations_are_exported(native: Library) -> None:
     names = re.findall(rb"truekv_\w+", native.path.read_bytes())
     isas = b"|".join(isa.encode() for isa in ("baseline", "avx2", "avx512", "avx512_bf16", "amx"))
-    operations = re.compile(rb"truekv_(machine|native|\w+_(" + isas + rb"))")
+    operations = re.compile(rb"truekv_(machine|native|replay|\w+_(" + isas + rb"))")
     assert len(set(names)) > 10
     assert [name for name in names if not operations.fullmatch(name)] == []
 
