@@ -43,9 +43,10 @@ _ENGINE_TITLES: Final = {
 _HOW_ENGINE: Final = """\
 All requests of a batch have prompts of their own and answers of one length; both engines do the same work, and
 prefill and decode are its two parts. Shares of a step: `model` is the pass with its logits, `layout` the making of
-its tensors, and the rest is what the engine adds. Greedy answers of random weights fall into a loop, so nearly all
-that is looked up is right; answers drawn from 256 tokens at random always find what to look up and nearly never
-continue alike. Answers with and without guesses are compared token by token."""
+its tensors, and the rest is what the engine adds. Random weights do not write, so a bias leaves the text that repeats
+itself four tokens to choose the likeliest from, which come in runs; text that does not is drawn from 256, so that
+there always is something to look up, and nearly never what follows. Answers with and without guesses are compared
+token by token."""
 
 Measurement = dict[str, Any]
 

@@ -111,9 +111,9 @@ class Worker:
         """See bench.engines.serving.Served."""
         return self._call("arrivals", requests=requests, concurrent=concurrent, prompt=prompt, answer=answer)
 
-    def first_token(self, shared: int, own: int, request: int, salt: str) -> tuple[float, int]:
+    def first_token(self, shared: int, own: int, request: int) -> tuple[float, int]:
         """See bench.engines.serving.Served."""
-        seconds, cached = self._call("first_token", shared=shared, own=own, request=request, salt=salt)
+        seconds, cached = self._call("first_token", shared=shared, own=own, request=request)
         return seconds, cached
 
     def answers(self, text: str, prompt: int, answer: int) -> dict[str, Any]:

@@ -28,6 +28,8 @@ SPREAD: Final = (0.5, 1.5)
 """Lengths of requests that come and go, in parts of the length asked for."""
 BYTES: Final = dict.fromkeys(range(some_token(0), some_token(0) + 256), 100.0)
 """A bias that leaves 256 tokens: whatever is drawn next has been drawn before, and was followed by something else."""
+FEW: Final = {token: BYTES[token] for token in list(BYTES)[:4]}
+"""One that leaves four: the likeliest of them make runs and loops."""
 EXAMPLES: Final = 8
 """Questions to an embedded model."""
 
@@ -81,11 +83,11 @@ class Served:
                 spent["steps"] += time.perf_counter() - begin
             return {**spent, "seconds": time.perf_counter() - start, "tokens": tokens}
 
-    def first_token(self, shared: int, own: int, request: int, salt: str) -> tuple[float, int]:
+    def first_token(self, shared: int, own: int, request: int) -> tuple[float, int]:
         """Return seconds to the first token of a prompt whose first `shared` tokens all have; tokens cached."""
         tokens = some_prompt(0, shared) + some_prompt(1 + request, own)
         start = time.perf_counter()
-        added = self._engine.add(tokens, SamplingParams(max_tokens=1, ignore_eos=True), salt=salt)
+        added = self._engine.add(tokens, SamplingParams(max_tokens=1, ignore_eos=True))
         for _ in self._engine.run([added]):
             pass
         return time.perf_counter() - start, added.cached or 0
@@ -93,8 +95,9 @@ class Served:
     def answers(self, text: str, prompt: int, answer: int) -> dict[str, Any]:
         """Answer the prompts of a text one by one: seconds after their first tokens, all tokens, drafts by place.
 
-        `greedy`: one prompt, each token the likeliest. `drawn`: one prompt, all its tokens and those of the answer
-        drawn from the same 256. `tasks`: held-out questions to an embedded model, of the lengths they have.
+        `repeats`: one prompt, each token of the answer the likeliest of four. `drawn`: one prompt, all its tokens and
+        those of the answer drawn from the same 256. `tasks`: held-out questions to an embedded model, of the lengths
+        they have.
         """
         before = self._engine.stats
         seconds, said = 0.0, list[int]()
@@ -114,8 +117,8 @@ class Served:
         }
 
     def _prompts(self, text: str, prompt: int, answer: int) -> list[tuple[Sequence[int], SamplingParams]]:
-        if text == "greedy":
-            return [(some_prompt(0, prompt), SamplingParams(max_tokens=answer, ignore_eos=True))]
+        if text == "repeats":
+            return [(some_prompt(0, prompt), SamplingParams(max_tokens=answer, ignore_eos=True, logit_bias=FEW))]
         if text == "drawn":
             params = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=1.0, seed=0, logit_bias=BYTES)
             return [(some_prompt(0, prompt), params)]
