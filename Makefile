@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEER := build/bench/peer/bin
 LLAMA := 0.3.36
+# Compilers at once, for llama.cpp.
+JOBS ?= $(shell nproc)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
@@ -37,6 +39,7 @@ bench: $(VENV)/.bench bench-peer
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.decode --peer llama.cpp
 	$(BIN)/python -m bench.decode --peer transformers
+	$(BIN)/python -m bench.serve_engine
 	$(BIN)/python -m bench.report
 
 # llama.cpp for this machine's processor, from the sources of llama-cpp-python, whose converter stays beside it. The
@@ -103,7 +106,7 @@ build/bench/peer/ready:
 	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PEER)/pip install -q build/bench/llama.cpp
 	$(PEER)/cmake -S build/bench/llama.cpp/vendor/llama.cpp -B build/bench/peer/llama -DCMAKE_BUILD_TYPE=Release \
 	    -DGGML_NATIVE=ON
-	$(PEER)/cmake --build build/bench/peer/llama --target llama --parallel $(shell nproc)
+	$(PEER)/cmake --build build/bench/peer/llama --target llama --parallel $(JOBS)
 	library=$$($(PEER)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/llama_cpp/lib && \
 	    mkdir -p $$library && cp -a build/bench/peer/llama/bin/*.so* $$library/
 	touch $@

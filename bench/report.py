@@ -6,7 +6,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from bench.checkpoints import DESCRIPTIONS
 from bench.machine import FOLDER
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 HERE: Final = Path(__file__).parent
+_SAVED: Final = ("attention.json", "decode-llama.cpp.json", "decode-transformers.json", "serve_engine.json")
 _TITLES: Final = {
     "decode": "Decode, tokens/s",
     "prefill": "Prefill from empty, tokens/s",
@@ -28,16 +29,35 @@ ever slow one down. Caches reach a depth without its prefill: truekv's pages are
 llama.cpp restores a saved state whose 512 prefilled rows are repeated, transformers gets random tensors. Every row
 lies in memory of its own."""
 
+_ENGINE_TITLES: Final = {
+    "throughput": "Requests that come together: tokens/s of prompts and answers",
+    "arrivals": "Requests that come as others end: tokens/s",
+    "overhead": "What is no part of the model's time, of a step of those",
+    "prefix": "Seconds to the first token of a prompt that another request has had",
+    "ngram": "Prompt lookup on text that repeats itself, tokens/s after the first",
+    "rejected": "Prompt lookup on text that does not, tokens/s after the first",
+    "mtp": "Prediction head on held-out questions, tokens/s after the first",
+    "memory": "A request of 10 tokens, from the plan",
+    "log": "Log of one draft token, from the plan",
+}
+_HOW_ENGINE: Final = """\
+All requests of a batch have prompts of their own and answers of one length; both engines do the same work, and
+prefill and decode are its two parts. Shares of a step: `model` is the pass with its logits, `layout` the making of
+its tensors, and the rest is what the engine adds. Random weights do not write, so a bias leaves the text that repeats
+itself four tokens to choose the likeliest from, which come in runs; text that does not is drawn from 256, so that
+there always is something to look up, and nearly never what follows. Answers with and without guesses are compared
+token by token."""
+
 Measurement = dict[str, Any]
 
 
 def render(measured: Sequence[Measurement]) -> str:
-    """Return the page for what `bench.attention` and `bench.decode` saved."""
+    """Return the page for what `bench.attention`, `bench.decode` and `bench.serve_engine` saved."""
     parts = ["# Results", "Written by `python -m bench.report` from the last run of each command.", _HOW]
     for one in measured:
         parts += [f"## `{one['command']}`", _machine(one)]
-        parts += list(_attention(one) if "raw_read_gbps" in one else _decode(one))
-    if any("raw_read_gbps" not in one for one in measured):
+        parts += list(_KINDS[_kind(one)](one))
+    if any(_kind(one) == "decode" for one in measured):
         parts.append("![Decode speed against depth](decode.png)")
     return "\n\n".join(parts) + "\n"
 
@@ -68,6 +88,12 @@ def _machine(one: Measurement) -> str:
     return "; ".join(f"{name}: {value}" for name, value in facts.items())
 
 
+def _kind(one: Measurement) -> str:
+    if "raw_read_gbps" in one:
+        return "attention"
+    return "engine" if "bound" in one["rows"][0] else "decode"
+
+
 def _attention(one: Measurement) -> Iterator[str]:
     yield f"Raw read: {one['raw_read_gbps']:.2f} GB/s. GB/s of stored rows, and the fraction of raw read."
     yield _table(
@@ -96,6 +122,35 @@ def _decode(one: Measurement) -> Iterator[str]:
             )
 
 
+def _engine(one: Measurement) -> Iterator[str]:
+    yield _HOW_ENGINE
+    for what, title in _ENGINE_TITLES.items():
+        rows = [row for row in one["rows"] if row["what"] == what]
+        if rows:
+            yield f"### {title}"
+            # What only some rows have is left empty in the others.
+            details = list(dict.fromkeys(name for row in rows for name in row["detail"]))
+            against = next((row["against"] for row in rows if row["other"] is not None), "")
+            header = ("model", "requests", rows[0]["unit"], *([against, "ratio"] if against else []), "bar", "met")
+            yield _table((*header, *details), [_engine_cells(row, details, against) for row in rows])
+
+
+def _engine_cells(row: Measurement, details: Sequence[str], against: str) -> tuple[str, ...]:
+    compared = [_number(row["other"]), _number(row["ratio"])] if against else []
+    verdict = {None: "", True: "yes", False: "no"}[row["met"]]
+    numbers = [_number(row["detail"].get(name)) for name in details]
+    measured = row["model"], str(row["concurrent"]), _number(row["truekv"])
+    return *measured, *compared, _number(row["bound"]), verdict, *numbers
+
+
+def _number(value: Any) -> str:  # noqa: ANN401 (JSON)
+    if isinstance(value, list):
+        return ", ".join(_number(one) for one in cast("list[Any]", value))
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _cells(row: Measurement, unit: int) -> tuple[object, ...]:
     ours, theirs = row["truekv"] / unit, row["peer"] / unit
     digits = 0 if unit > 1 else 2
@@ -108,15 +163,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+_KINDS: Final = {"attention": _attention, "decode": _decode, "engine": _engine}
+
+
 def main() -> int:
     """Write the page, and the plot if a peer was measured."""
-    paths = [FOLDER / name for name in ("attention.json", "decode-llama.cpp.json", "decode-transformers.json")]
+    paths = [FOLDER / name for name in _SAVED]
     measured = [json.loads(path.read_text()) for path in paths if path.is_file()]
     if not measured:
         print("nothing was measured yet; run 'python -m bench.attention' or 'python -m bench.decode'", file=sys.stderr)
         return 2
     (HERE / "RESULTS.md").write_text(render(measured))
-    decoded = [one for one in measured if "raw_read_gbps" not in one]
+    decoded = [one for one in measured if _kind(one) == "decode"]
     if decoded:
         plot(decoded[0], HERE / "decode.png")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ class Engine(Protocol):
 
     def logits(self) -> list[float]:
         """Return the logits after the last token."""
+        ...
+
+
+class Serving(Protocol):
+    """What answers several requests at once."""
+
+    def batch(self, sequences: int, prompt: int, answer: int) -> tuple[float, float]:
+        """Answer so many requests that come together; seconds until all have a first token, and seconds after.
+
+        Every prompt has `prompt` tokens of its own, every answer `answer` tokens, each the likeliest.
+        """
         ...
 
 
@@ -90,7 +102,25 @@ class Worker:
         """Most bytes that were resident since the last fill, weights included."""
         return self._call("peak")
 
-    def _call(self, verb: str, **arguments: int) -> Any:  # noqa: ANN401 (JSON)
+    def batch(self, sequences: int, prompt: int, answer: int) -> tuple[float, float]:
+        """See Serving."""
+        first, rest = self._call("batch", sequences=sequences, prompt=prompt, answer=answer)
+        return first, rest
+
+    def arrivals(self, requests: int, concurrent: int, prompt: int, answer: int) -> dict[str, float]:
+        """See bench.engines.serving.Served."""
+        return self._call("arrivals", requests=requests, concurrent=concurrent, prompt=prompt, answer=answer)
+
+    def first_token(self, shared: int, own: int, request: int) -> tuple[float, int]:
+        """See bench.engines.serving.Served."""
+        seconds, cached = self._call("first_token", shared=shared, own=own, request=request)
+        return seconds, cached
+
+    def answers(self, text: str, prompt: int, answer: int) -> dict[str, Any]:
+        """See bench.engines.serving.Served."""
+        return self._call("answers", text=text, prompt=prompt, answer=answer)
+
+    def _call(self, verb: str, **arguments: int | str) -> Any:  # noqa: ANN401 (JSON)
         assert self._process.stdin
         try:
             self._process.stdin.write(json.dumps([verb, arguments]) + "\n")
@@ -110,7 +140,7 @@ class Worker:
         return answer["value"]
 
 
-def serve(start: Callable[..., tuple[Engine, str]]) -> None:
+def serve(start: Callable[..., tuple[Engine | Serving, str]]) -> None:
     """Run an engine's end: `start(**options)` returns the engine and its version."""
     # What libraries print goes to stderr; answers alone go to stdout.
     answers = os.fdopen(os.dup(1), "w")
@@ -139,6 +169,12 @@ def serve(start: Callable[..., tuple[Engine, str]]) -> None:
 def some_token(place: int) -> int:
     """Return the id that stands at a place of a prompt: a byte of text in the vocabulary of every checkpoint here."""
     return 4 + place % 256
+
+
+def some_prompt(request: int, tokens: int) -> list[int]:
+    """Return a prompt of bytes drawn at random, another one for every request."""
+    drawn = random.Random(request)  # noqa: S311 (a seeded prompt, not a secret)
+    return [some_token(drawn.randrange(256)) for _ in range(tokens)]
 
 
 def peak_bytes(*, reset: bool = False) -> int:

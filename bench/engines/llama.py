@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from bench.engines.llama_state import lengthened
-from bench.wire import serve, some_token
+from bench.wire import serve, some_prompt, some_token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ TYPES: Final = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type
 
 
 class Llama:
-    """Implements bench.wire.Engine."""
+    """Implements bench.wire.Engine and Serving."""
 
     def __init__(self, model: Any, context: Any, sequences: int, *, values: bool) -> None:  # noqa: ANN401 (ctypes)
         """Take a loaded model; `values`: whether its cache stores values beside keys (MLA does not)."""
@@ -50,7 +50,7 @@ class Llama:
         if not depth:
             return
         if not self._saved:
-            self._run([0] * SAMPLE, list(range(SAMPLE)), [some_token(place) for place in range(SAMPLE)])
+            self._run([0] * SAMPLE, range(SAMPLE), [some_token(place) for place in range(SAMPLE)], [SAMPLE - 1])
             size = llama.llama_state_seq_get_size(self._context, 0)
             buffer = (ctypes.c_uint8 * size)()
             if llama.llama_state_seq_get_data(self._context, buffer, size, 0) != size:
@@ -73,10 +73,29 @@ class Llama:
         times: list[float] = []
         for _ in range(steps):
             start = time.perf_counter()
-            tokens = self._run(owners, [self._depth] * self._sequences, tokens, every=True)
+            tokens = self._run(owners, [self._depth] * self._sequences, tokens, owners)
             self._depth += 1
             times.append(time.perf_counter() - start)
         return times
+
+    def batch(self, sequences: int, prompt: int, answer: int) -> tuple[float, float]:
+        """See bench.wire.Serving; as llama-batched-bench does it."""
+        self.fill(0, sequences)
+        prompts = [some_prompt(request, prompt) for request in range(sequences)]
+        rows = [(owner, place, token) for owner, tokens in enumerate(prompts) for place, token in enumerate(tokens)]
+        owners = list(range(sequences))
+        start = time.perf_counter()
+        newest: list[int] = []
+        for first in range(0, len(rows), UBATCH):
+            part = rows[first : first + UBATCH]
+            owned, places, tokens = zip(*part, strict=True)
+            last = [row for row, (_, place, _) in enumerate(part) if place == prompt - 1]
+            newest += self._run(owned, places, tokens, last)
+        middle = time.perf_counter()
+        # The first token of each answer came with its prompt.
+        for place in range(prompt, prompt + answer - 1):
+            newest = self._run(owners, [place] * sequences, newest, owners)
+        return middle - start, time.perf_counter() - middle
 
     def append(self, tokens: int) -> float:
         """See bench.wire.Engine."""
@@ -84,7 +103,7 @@ class Llama:
         for first in range(0, tokens, UBATCH):
             size = min(UBATCH, tokens - first)
             positions = [self._depth + place for place in range(size)]
-            self._run([0] * size, positions, [some_token(first + place) for place in range(size)])
+            self._run([0] * size, positions, [some_token(first + place) for place in range(size)], [size - 1])
             self._depth += size
         return time.perf_counter() - start
 
@@ -93,19 +112,20 @@ class Llama:
         return self._logits(-1).tolist()
 
     def _run(
-        self, owners: Sequence[int], positions: Sequence[int], tokens: Sequence[int], *, every: bool = False
+        self, owners: Sequence[int], positions: Sequence[int], tokens: Sequence[int], wanted: Sequence[int]
     ) -> list[int]:
-        """Decode one batch; return the greedy next token of `every` row, else of the last alone."""
-        batch, count = self._batch, len(tokens)
-        batch.n_tokens = count
-        for row in range(count):
-            batch.token[row], batch.pos[row] = tokens[row], positions[row]
-            batch.n_seq_id[row], batch.seq_id[row][0] = 1, owners[row]
-            batch.logits[row] = every or row == count - 1
+        """Decode one batch; return the greedy next token of the rows that are wanted."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for row, (owner, position, token) in enumerate(zip(owners, positions, tokens, strict=True)):
+            batch.token[row], batch.pos[row] = token, position
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, owner
+            batch.logits[row] = False
+        for row in wanted:
+            batch.logits[row] = True
         if (code := llama.llama_decode(self._context, batch)) != 0:
             raise RuntimeError(f"llama_decode returned {code}")
-        rows = range(count) if every else (count - 1,)
-        return [self._greedy(row) for row in rows]
+        return [self._greedy(row) for row in wanted]
 
     def _greedy(self, row: int) -> int:
         return int(self._logits(row).argmax())

@@ -45,3 +45,19 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with truekv[bench]")
     plot(DECODE, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def engine_row(what: str, **changes: Any) -> dict[str, Any]:
+    values = {"model": "dense", "concurrent": 8, "unit": "tokens/s", "other": None, "against": "", "detail": {}}
+    return {"what": what, **values, "truekv": 30.0, "ratio": None, "bound": None, "met": None, **changes}
+
+
+def test_the_engine_has_a_table_for_each_thing_measured_with_what_it_is_held_to() -> None:
+    against = {"other": 10.0, "against": "llama.cpp", "ratio": 3.0, "bound": 1.5, "met": True}
+    detail = {"accepted": 2048, "acceptance": [0.5, 0.25]}
+    rows = [engine_row("throughput", **against), engine_row("mtp", detail=detail, bound=1.3, met=False)]
+    page = render([{**_ABOUT, "rows": rows}])
+    assert "| model | requests | tokens/s | llama.cpp | ratio | bar | met |" in page
+    assert "| dense | 8 | 30 | 10 | 3 | 1.5 | yes |" in page
+    assert "| dense | 8 | 30 | 1.3 | no | 2,048 | 0.5, 0.25 |" in page
+    assert "decode.png" not in page

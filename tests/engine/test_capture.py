@@ -9,7 +9,7 @@ import torch
 
 from truekv.core.batch import Step
 from truekv.core.errors import Refused
-from truekv.engine.capture import Captured
+from truekv.engine.capture import Captured, _token_counts
 
 
 def step(position: int, tokens: list[int]) -> Step:
@@ -85,3 +85,15 @@ def test_the_step_given_is_not_kept() -> None:
     captured(step(0, [8, 9]))
     assert given.tokens.tolist() == [1, 2]
     assert [field.name for field in dataclasses.fields(given)]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "counts"),
+    [
+        (False, [1, 2, 4, 8, 16, 24, 32, 40]),
+        (True, [*range(1, 17), 18, 20, 22, 24, 27, 30, 33, 37, 40]),
+    ],
+)
+def test_a_step_on_a_cpu_is_padded_by_an_eighth_at_most(counts: list[int], *, cpu: bool) -> None:
+    assert _token_counts(40, cpu=cpu) == counts
+    assert _token_counts(1, cpu=cpu) == [1]

@@ -77,9 +77,7 @@ class StepSizes:
         plan = arena.plan
         self._slots = plan.slots
         most = min(MOST_TOKENS, (plan.slots - 1) * (1 + plan.drafts))
-        self._tokens = [size for size in (1, 2, 4) if size < most] + list(range(8, most + 1, 8))
-        if not self._tokens or self._tokens[-1] < most:
-            self._tokens.append(most)
+        self._tokens = _token_counts(most, cpu=arena.device.type == "cpu")
         self._longest = [1, 1 + plan.drafts] if plan.drafts else [1]
         self._pages = [NARROWEST]
         while self._pages[-1] < plan.pages_for(plan.longest + plan.drafts):
@@ -108,6 +106,19 @@ class StepSizes:
 
     def _size(self, tokens: int, longest: int, pages: int) -> StepSize:
         return StepSize(tokens, min(tokens, self._slots), longest, pages)
+
+
+def _token_counts(most: int, *, cpu: bool) -> list[int]:
+    """Return the numbers of tokens that are captured, up to `most`.
+
+    A GPU takes the same time for a few tokens more. On a CPU every one costs its products, so no step
+    is padded by more than an eighth.
+    """
+    counts = [1]
+    while counts[-1] < most:
+        last = counts[-1]
+        counts.append(min(most, last + (max(1, last // 8) if cpu else min(last, 8))))
+    return counts
 
 
 class StepGraphs:

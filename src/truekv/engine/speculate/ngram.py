@@ -30,7 +30,9 @@ class Ngram:
             return []
         # The latest occurrence wins: text repeats what it said last.
         start = int(ends[-1]) + 1
-        return tokens[start : start + limit]
+        # Where the text ends, what followed follows once more: a loop is guessed as far as one may guess.
+        period = len(tokens) - start
+        return [tokens[start + place % period] for place in range(limit)]
 
     def _matches(self) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]:
         """Return where the longest tail that occurred before ends in each occurrence, and its length."""
