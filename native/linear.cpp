@@ -72,10 +72,13 @@ template <class T> INLINE int64_t size_of(int64_t in, int64_t outs) { return dep
 // Two bfloat16 numbers of x in the order in which they lie.
 INLINE uint32_t pair_at(const uint16_t* x) { uint32_t p; memcpy(&p, x, 4); return p; }
 
+// `inputs` of x are multiplied at a time, which are at hand as `Near`: without a product of bfloat16 they are widened
+// once for a tile, or every vector of weights would wait for it.
 template <class T> struct Step;
 
 template <> struct Step<float> {
   static constexpr int64_t inputs = 1;
+  typedef float Near;
   typedef F32 X;
   static INLINE X spread(const float* x, bool) { return all(*x); }
   static INLINE F32 add(F32 sum, const float* w, X x) { return fma(load<F32>(w), x, sum); }
@@ -84,14 +87,16 @@ template <> struct Step<float> {
 template <> struct Step<uint16_t> {
   static constexpr int64_t inputs = 2;
 #if defined(__AVX512BF16__)
+  typedef uint16_t Near;
   typedef __m512i X;
   static INLINE X spread(const uint16_t* x, bool half) { return _mm512_set1_epi32((int)(half ? *x : pair_at(x))); }
   static INLINE F32 add(F32 sum, const uint16_t* w, X x) {
     return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)load<__m512i>(w), (__m512bh)x);
   }
 #else
+  typedef float Near;
   struct X { F32 even, odd; };
-  static INLINE X spread(const uint16_t* x, bool half) { return {all(bf16_to_float(x[0])), all(half ? 0.0f : bf16_to_float(x[1]))}; }
+  static INLINE X spread(const float* x, bool half) { return {all(x[0]), half ? zero() : all(x[1])}; }
   static INLINE F32 add(F32 sum, const uint16_t* w, X x) {
     U32 pairs = load<U32>(w);
     sum = fma((F32)(pairs & 0xFFFF0000u), x.odd, sum);
@@ -100,9 +105,23 @@ template <> struct Step<uint16_t> {
 #endif
 };
 
-// ROWS x VECTORS sums over inputs [begin, end) of a panel `width` wide, from and to `sums` [ROWS][64].
+template <class T> using Near = typename Step<T>::Near;
+
+INLINE const float* near(const float* x, int64_t, float*) { return x; }
+#if defined(__AVX512BF16__)
+INLINE const uint16_t* near(const uint16_t* x, int64_t, uint16_t*) { return x; }
+#else
+INLINE const float* near(const uint16_t* x, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load_bf16(x + i));
+  for (; i < count; i++) to[i] = bf16_to_float(x[i]);
+  return to;
+}
+#endif
+
+// ROWS x VECTORS sums over inputs [begin, end) of a panel `width` wide, from and to `sums` [ROWS][64]; x from `begin` on.
 template <class T, int ROWS, int VECTORS>
-INLINE void tile(const T* const* x, const T* w, int64_t width, int64_t begin, int64_t end, float* sums) {
+INLINE void tile(const Near<T>* const* x, const T* w, int64_t width, int64_t begin, int64_t end, float* sums) {
   typedef Step<T> S;
   F32 sum[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -114,7 +133,7 @@ INLINE void tile(const T* const* x, const T* w, int64_t width, int64_t begin, in
   auto advance = [&](int64_t i, bool half) INLINE_LAMBDA {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-      auto one = S::spread(x[r] + i, half);
+      auto one = S::spread(x[r] + (i - begin), half);
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) sum[r][v] = S::add(sum[r][v], w + v * LANES * S::inputs, one);
     }
@@ -133,7 +152,7 @@ INLINE void tile(const T* const* x, const T* w, int64_t width, int64_t begin, in
 }
 
 template <class T, int ROWS>
-INLINE void across(const T* const* x, const T* w, int64_t width, int64_t begin, int64_t end, float* sums) {
+INLINE void across(const Near<T>* const* x, const T* w, int64_t width, int64_t begin, int64_t end, float* sums) {
   // One row alone streams the whole panel once; several share what the registers can hold.
   constexpr int MOST = ROWS == 1 ? PANEL / LANES : TILE_VECTORS;
   int64_t at = 0;
@@ -143,7 +162,7 @@ INLINE void across(const T* const* x, const T* w, int64_t width, int64_t begin, 
 }
 
 template <class T>
-void block(const T* const* x, int rows, const T* w, int64_t width, int64_t begin, int64_t end, float* sums) {
+void block(const Near<T>* const* x, int rows, const T* w, int64_t width, int64_t begin, int64_t end, float* sums) {
   switch (rows) {
     case 1: return across<T, 1>(x, w, width, begin, end, sums);
     case 2: return across<T, 2>(x, w, width, begin, end, sums);
@@ -187,10 +206,16 @@ void chunk(const Linear& a, int64_t group, int64_t row, int64_t rows, int64_t pa
   alignas(64) float sums[CHUNK * PANEL];
   for (int64_t begin = 0; begin < a.in; begin += BLOCK) {
     const int64_t end = begin + BLOCK < a.in ? begin + BLOCK : a.in;
-    for (int64_t r = 0; r < rows; r += TILE_ROWS)
-      for (int64_t at = begin; at < end; at += RUN)
-        block(x + r, (int)(rows - r < TILE_ROWS ? rows - r : TILE_ROWS), w, width, at, end - at < RUN ? end : at + RUN,
-              sums + r * PANEL);
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      const int count = (int)(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
+      alignas(64) Near<T> widened[TILE_ROWS][sizeof(Near<T>) == sizeof(T) ? 1 : BLOCK];
+      const Near<T>* tiled[TILE_ROWS];
+      for (int k = 0; k < count; k++) tiled[k] = near(x[r + k] + begin, end - begin, widened[k]);
+      for (int64_t at = begin; at < end; at += RUN) {
+        block<T>(tiled, count, w, width, at, end - at < RUN ? end : at + RUN, sums + r * PANEL);
+        for (int k = 0; k < count; k++) tiled[k] += RUN;
+      }
+    }
   }
   finish<T>(a, group, row, panel, rows, sums);
 }

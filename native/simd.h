@@ -17,8 +17,8 @@ INLINE I32 all(int32_t x) { return I32{x, x, x, x, x, x, x, x, x, x, x, x, x, x,
 #else
 template <class T>
 INLINE Lanes<T> all(T x) {
-  typename Lanes<T>::Register r;
-  for (int i = 0; i < Lanes<T>::HELD; i++) r[i] = x;
+  // gcc sees one instruction in this, and one for each lane in a loop over lanes. It keeps the sign of zero.
+  const typename Lanes<T>::Register r = x - typename Lanes<T>::Register{};
   return by_register<Lanes<T>>([r](auto) INLINE_LAMBDA { return r; }, Lanes<T>{});
 }
 #endif
