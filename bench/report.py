@@ -31,6 +31,7 @@ lies in memory of its own."""
 
 _ENGINE_TITLES: Final = {
     "throughput": "Requests that come together: tokens/s of prompts and answers",
+    "deep": "Requests in the middle of an answer, at a depth: tokens/s",
     "arrivals": "Requests that come as others end: tokens/s",
     "overhead": "What is no part of the model's time, of a step of those",
     "prefix": "Seconds to the first token of a prompt that another request has had",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SHAPES: Final = ("hybrid", "dense")
-WORK: Final = ("throughput", "arrivals", "prefix", "speculation", "mtp", "memory")
+WORK: Final = ("throughput", "deep", "arrivals", "prefix", "speculation", "mtp", "memory")
 CAPTURES: Final = ("auto", "on", "off")
 
 
@@ -43,6 +43,12 @@ class Size:
     prompt: int = 128
     """Tokens of each prompt of a batch."""
     answer: int = 64
+    depth: int = 4096
+    """Tokens that requests in the middle of an answer have behind them."""
+    deep: int = 8
+    """How many of those there are."""
+    steps: int = 12
+    """Tokens that each of them gets."""
     rounds: int = 3
     busy: int = 16
     """Requests in flight where the engine's own share of a step is measured, which is of twice as many."""
@@ -60,7 +66,7 @@ class Size:
     embedded: str = "tiny-hybrid"
 
 
-QUICK: Final = Size(concurrent=(1, 8, 16), prompt=32, answer=24, rounds=2, shared=4096, spoken=96)
+QUICK: Final = Size(concurrent=(1, 8, 16), prompt=32, answer=24, rounds=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class Bound:
 
 BOUNDS: Final = {
     "throughput": Bound(1.5, concurrent=8),
+    "deep": Bound(1.5, concurrent=8),
     "overhead": Bound(0.03, least=False, of_ratio=False, concurrent=16),
     "prefix": Bound(20.0),
     "ngram": Bound(1.8),
@@ -140,11 +147,13 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """Measure everything that was asked for, and yield rows as they come."""
-        if self.peer and "throughput" in self.size.work and not PEER_READY.is_file():
+        if self.peer and {"throughput", "deep"}.intersection(self.size.work) and not PEER_READY.is_file():
             raise Refused(NO_PEER)
         for model in self.size.models:
             if {"throughput", "arrivals"}.intersection(self.size.work):
                 yield from self._concurrent(model)
+            if "deep" in self.size.work:
+                yield self._deep(model)
             if "prefix" in self.size.work:
                 yield from self._prefix(model)
             if "speculation" in self.size.work:
@@ -210,6 +219,18 @@ class Bench:
         detail |= {f"{name}decode": (answers - concurrent) / time[1] for name, time in zip(names, times, strict=False)}
         other = total[1] if len(total) > 1 else None
         return Row("throughput", model, concurrent, "tokens/s", total[0], other, "llama.cpp", detail)
+
+    def _deep(self, model: str) -> Row:
+        """Run requests in the middle of an answer."""
+        size = self.size
+        context = size.depth + size.steps + 2
+        with ExitStack() as stack:
+            engines = [stack.enter_context(self._truekv(model, context, size.deep, enable_prefix_caching=False))]
+            engines += [stack.enter_context(self._llama(model, context, size.deep))] if self.peer else []
+            times = by_turns(engines, lambda one: one.deep(size.deep, size.depth, size.steps), size.rounds, float)
+        ours, *others = (size.deep * size.steps / time for time in times)
+        other = others[0] if others else None
+        return Row("deep", model, size.deep, "tokens/s", ours, other, "llama.cpp", {"depth": size.depth})
 
     def _arrivals(self, model: str, engine: Worker) -> Iterator[Row]:
         """Run requests that come one after the other: tokens per second, and what is no part of the model's time."""

@@ -54,6 +54,10 @@ class Serving(Protocol):
         """
         ...
 
+    def deep(self, sequences: int, depth: int, answer: int) -> float:
+        """Give so many requests caches of `depth` tokens without their prefill; seconds of `answer` more of each."""
+        ...
+
 
 class Worker:
     """The client's end: starts the engine's process and calls it."""
@@ -106,6 +110,10 @@ class Worker:
         """See Serving."""
         first, rest = self._call("batch", sequences=sequences, prompt=prompt, answer=answer)
         return first, rest
+
+    def deep(self, sequences: int, depth: int, answer: int) -> float:
+        """See Serving."""
+        return self._call("deep", sequences=sequences, depth=depth, answer=answer)
 
     def arrivals(self, requests: int, concurrent: int, prompt: int, answer: int) -> dict[str, float]:
         """See bench.engines.serving.Served."""

@@ -97,6 +97,12 @@ class Llama:
             newest = self._run(owners, [place] * sequences, newest, owners)
         return middle - start, time.perf_counter() - middle
 
+    def deep(self, sequences: int, depth: int, answer: int) -> float:
+        """See bench.wire.Serving."""
+        self.fill(depth, sequences)
+        self.decode(1)
+        return sum(self.decode(answer))
+
     def append(self, tokens: int) -> float:
         """See bench.wire.Engine."""
         start = time.perf_counter()

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
+from bench.fill import fill
 from bench.wire import serve, some_prompt, some_token
 from truekv import LLM, SamplingParams
 from truekv.core.lazy import torch
@@ -20,8 +21,10 @@ from truekv.engine.sample import Sampler
 from truekv.tiny import tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator
+    from collections.abc import Sequence as Seq
 
+    from truekv.core.batch import Sequence
     from truekv.engine.events import Event
 
 SPREAD: Final = (0.5, 1.5)
@@ -57,6 +60,25 @@ class Served:
                 )
                 middle = time.perf_counter()
         return middle - start, time.perf_counter() - middle
+
+    def deep(self, sequences: int, depth: int, answer: int) -> float:
+        """See bench.wire.Serving."""
+        engine = self._engine
+        filled = fill(engine.runner.arena, depth, sequences)
+        memory = engine._memory  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+
+        def opened(_request: object) -> Sequence:
+            return filled.pop()
+
+        # As after a hit in the prefix cache: all but the last token of a prompt are there.
+        with mock.patch.object(memory, "open", opened):
+            for request in range(sequences):
+                self._add(some_prompt(request, depth + 1), answer + 1)
+            self._step()
+        start = time.perf_counter()
+        while sequences:
+            sequences -= sum(isinstance(event, Ended) for event in self._step())
+        return time.perf_counter() - start
 
     def arrivals(self, requests: int, concurrent: int, prompt: int, answer: int) -> dict[str, float]:
         """Keep `concurrent` requests of many lengths going until so many are answered: seconds by what they went to.
@@ -116,7 +138,7 @@ class Served:
             "accepted": _since(before.accepted, after.accepted),
         }
 
-    def _prompts(self, text: str, prompt: int, answer: int) -> list[tuple[Sequence[int], SamplingParams]]:
+    def _prompts(self, text: str, prompt: int, answer: int) -> list[tuple[Seq[int], SamplingParams]]:
         if text == "repeats":
             return [(some_prompt(0, prompt), SamplingParams(max_tokens=answer, ignore_eos=True, logit_bias=FEW))]
         if text == "drawn":
@@ -128,7 +150,7 @@ class Served:
             for one in asked
         ]
 
-    def _add(self, prompt: Sequence[int], answer: int) -> int:
+    def _add(self, prompt: Seq[int], answer: int) -> int:
         return self._engine.add(prompt, SamplingParams(max_tokens=answer, ignore_eos=True)).identity
 
     def _step(self) -> list[Event]:

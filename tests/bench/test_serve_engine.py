@@ -20,6 +20,9 @@ TOY = Size(
     prompt=40,
     answer=6,
     rounds=1,
+    depth=64,
+    deep=2,
+    steps=3,
     busy=3,
     shared=512,
     own=8,
@@ -35,7 +38,9 @@ def toy(peer: bool = False, **changes: Any) -> Bench:
 
 def test_requests_together_and_one_after_the_other_are_answered_and_timed(folder: Path) -> None:
     assert folder.is_dir()
-    together, more, arrivals, overhead = toy(work=("throughput", "arrivals")).rows()
+    together, more, arrivals, overhead, deep = toy(work=("throughput", "arrivals", "deep")).rows()
+    assert deep.truekv > 0
+    assert deep.detail == {"depth": 64}
     assert [row.concurrent for row in (together, more)] == [1, 3]
     assert all(row.truekv > 0 and row.other is None for row in (together, more, arrivals))
     assert min(*together.detail.values(), *more.detail.values()) > 0
@@ -134,10 +139,11 @@ def test_numbers_are_held_to_their_bounds(row: Row, ratio: float | None, *, met:
 @needs_llama
 def test_llama_cpp_answers_the_same_requests(folder: Path) -> None:
     assert folder.is_dir()
-    bench = toy(peer=True, work=("throughput",))
-    rows = list(bench.rows())
-    assert [row.concurrent for row in rows] == [1, 3]
+    bench = toy(peer=True, work=("throughput", "deep"))
+    *rows, deep = bench.rows()
+    assert [row.concurrent for row in (*rows, deep)] == [1, 3, 2]
     assert all(row.other and {"peer_prefill", "peer_decode"} <= row.detail.keys() for row in rows)
+    assert deep.other
     assert bench.versions["llama.cpp"].startswith("llama-cpp-python")
 
 
