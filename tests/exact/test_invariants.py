@@ -18,12 +18,13 @@ from truekv.core.batch import Chunk
 from truekv.kernels.native.library import library
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from exact.paths import Wave
     from exact.stage import Stage
 
     from truekv.engine.request import Request
+    from truekv.engine.speculate.drafting import Verified
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native library is not built")
 HYBRIDS: Final = ("gdn", "mamba2")
@@ -67,12 +68,23 @@ def test_guesses_of_the_prediction_head_change_nothing(stage: Stage) -> None:
     taken(stage, "gdn", "mtp", "batched")
 
 
+class Uneven(Scripted):
+    """As many drafts as the identity and the length of the request decide."""
+
+    def follow(self, verified: Sequence[Verified], hidden: torch.Tensor) -> None:
+        super().follow(verified, hidden)
+        for item in verified:
+            request = item.share.request
+            request.guess = request.guess[: (request.identity + len(request.generated)) % (self.count + 1)]
+
+
 def test_a_replayed_step_computes_with_its_own_contents(stage: Stage) -> None:
     taken(stage, "dense", "captured", "batched", "drafted")
-    # Rows become fewer in a step of one size, so that rows of the step before would be left over.
-    engine = stage.llm("gdn", frozenset({"captured", "batched"}))._engine
-    watch = Watch(engine, stage.oracle("gdn"))
-    wave = [(drawn(9, row), dataclasses.replace(GREEDY, max_tokens=6 + 2 * row)) for row in range(4)]
+    # Rows become fewer in a step of as many tokens, so that rows of the step before would be left over.
+    engine = stage.llm("gdn", frozenset({"captured", "batched", "drafted"}))._engine
+    watch = Watch(engine, oracle := stage.oracle("gdn"))
+    engine.drafting = Uneven(oracle, lambda request: len(request.generated) % 2)
+    wave = [(drawn(9, row), dataclasses.replace(GREEDY, max_tokens=8 + 4 * row)) for row in range(4)]
     watch.settle(watch.serve(wave, together=True), wave)
     assert engine.runner._forward.replays > engine.runner._forward.recorded
 

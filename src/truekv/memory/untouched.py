@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
@@ -24,6 +22,8 @@ def untouched(shape: Seq[int], dtype: torch.dtype, device: torch.device | str) -
     """
     if torch.device(device).type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
+    import numpy as np  # Planning reads this room too, and answers without numpy.
+
     size = math.prod(shape) * dtype.itemsize
     data = np.zeros(size + _LINE, np.uint8)
     start = -data.ctypes.data % _LINE
