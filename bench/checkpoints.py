@@ -94,6 +94,7 @@ _MLA: Final = _COMMON | {
     "n_shared_experts": 1,
     "routed_scaling_factor": 1.8,
     "norm_topk_prob": True,
+    "scoring_func": "sigmoid",  # what it always is; llama.cpp's converter would take softmax for a model of this size
     "n_group": 1,
     "topk_group": 1,
     "rms_norm_eps": 1e-5,

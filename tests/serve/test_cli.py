@@ -182,6 +182,8 @@ def test_ctrl_c_ends_quietly_with_130(dense: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "truekv.serve.cli", "chat", str(dense), "--max-model-len", "128"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell's background jobs ignore it, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 (takes no lock)
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
