@@ -225,7 +225,8 @@ class Bench:
         size = self.size
         context = size.depth + size.steps + 2
         with ExitStack() as stack:
-            engines = [stack.enter_context(self._truekv(model, context, size.deep, enable_prefix_caching=False))]
+            # Room for one more, as requests are admitted when each of the others could grow by a page.
+            engines = [stack.enter_context(self._truekv(model, context, size.deep + 1, enable_prefix_caching=False))]
             engines += [stack.enter_context(self._llama(model, context, size.deep))] if self.peer else []
             times = by_turns(engines, lambda one: one.deep(size.deep, size.depth, size.steps), size.rounds, float)
         ours, *others = (size.deep * size.steps / time for time in times)

@@ -70,11 +70,12 @@ class Served:
         def opened(_request: object) -> Sequence:
             return filled.pop()
 
-        # As after a hit in the prefix cache: all but the last token of a prompt are there.
-        with mock.patch.object(memory, "open", opened):
+        # As after a hit in the prefix cache: all but the last token of a prompt are there, and their pages are not free.
+        with mock.patch.multiple(memory, open=opened, new_pages=lambda _request: 1):
             for request in range(sequences):
                 self._add(some_prompt(request, depth + 1), answer + 1)
             self._step()
+        assert not filled
         start = time.perf_counter()
         while sequences:
             sequences -= sum(isinstance(event, Ended) for event in self._step())
