@@ -125,7 +125,7 @@ def main() -> None:
     print(evaluate(model, suite), flush=True)
     head = None
     if args.model == "hybrid":
-        head = mtp.train_head(model, Batches(tokenizer, args.seed + 1), args.head_minutes, PRECISION)
+        head = mtp.train_head(model, Batches(tokenizer, args.seed + 1), args.head_minutes)
     save_model(model, head, args.out)
 
 

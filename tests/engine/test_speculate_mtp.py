@@ -10,10 +10,12 @@ import torch
 
 from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
+from truekv.engine.capture import StepGraphs
 from truekv.engine.speculate.mtp import Predictor, Row
 from truekv.engine.tokens import Tokenizer
 from truekv.formats.choice import choose_formats
 from truekv.formats.frame import load_frames
+from truekv.kernels.native.library import library
 from truekv.kernels.table import fastest_ops, select
 from truekv.memory.arena import Arena
 from truekv.memory.plan import plan
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Sequence as Held
     from truekv.core.protocols import Model
+    from truekv.engine.speculate.mtp import Guess
 
 DRAFTS = 3
 CHECKPOINT = Checkpoint.open(locate("tiny-hybrid")).with_draft_head()
@@ -40,14 +43,14 @@ def model() -> Model:
     return CHECKPOINT.load("float32", fastest_ops())
 
 
-def arena_for(kv: str = "f32", sequences: int = 4) -> Arena:
+def arena_for(kv: str = "f32", sequences: int = 4, *, check_finite: bool = True) -> Arena:
     formats, drafts = (choose_formats(SPEC, kv, "", "float32", draft=draft) for draft in (False, True))
     kernels = select(SPEC, formats, drafts)
     planned = plan(
         SPEC, formats, draft_formats=drafts, max_model_len=2048, max_num_seqs=sequences, drafts=DRAFTS, memory=16 << 20
     )
     frames = load_frames(CHECKPOINT.directory / FRAMES_FILE, SPEC)
-    return Arena(SPEC, planned, kernels, frames, poison=True)
+    return Arena(SPEC, planned, kernels, frames, poison=True, check_finite=check_finite)
 
 
 def prompts(task: str, count: int) -> list[list[int]]:
@@ -178,6 +181,30 @@ def test_the_batch_and_the_chunks_change_no_proposal(model: Model) -> None:
     assert predictor.propose(rows, hidden) == [drafts for _, drafts in alone]
     assert [len(drafts) for _, drafts in alone] == list(wanted)
     assert predictor.propose([], hidden) == []
+
+
+@pytest.mark.skipif(library() is None, reason="the native library is not built")
+@pytest.mark.parametrize("kv", ["f32", "int8"])
+def test_replayed_guesses_are_those_made_launch_by_launch(model: Model, kv: str) -> None:
+    proposed: list[list[list[int]]] = []
+    graphs: list[StepGraphs] = []
+    for captured in (False, True):
+        arena = arena_for(kv, check_finite=False)
+
+        def replayed(run: Guess, arena: Arena = arena) -> Guess:
+            graphs.append(StepGraphs(run, arena, graphs[0].scratch if graphs else None))
+            return graphs[-1]
+
+        predictor = Predictor(model, arena, replayed if captured else None)
+        for number, prompt in enumerate(prompts("tool_call", 2)):
+            decoding = Decoding(model, arena, predictor, wanted=DRAFTS - number)
+            decoding.run(prompt, spoil=(2, 4))
+            proposed.append(decoding.proposed)
+    assert proposed[2:] == proposed[:2]
+    assert {len(drafts) for drafts in proposed[2]} == {0, DRAFTS}
+    assert {len(drafts) for drafts in proposed[3]} == {0, DRAFTS - 1}
+    assert len(graphs) == DRAFTS, "none, two, three"
+    assert all(graph.replays > graph.recorded > 0 for graph in graphs[1:])
 
 
 def test_numbers_that_are_not_finite_cost_their_sequence_its_drafts_and_no_other(model: Model) -> None:

@@ -242,7 +242,7 @@ def play(llm: LLM, oracle: Oracle, path: frozenset[str]) -> Counter[str]:
         watch.settle(requests, wave)
     watch.counts["preempted"] = engine.schedule.preemptions
     if "captured" in path:
-        watch.counts["replayed"] = engine.runner._forward.replays
+        watch.counts["replayed"] = engine.runner.forward.replays
     return watch.counts
 
 

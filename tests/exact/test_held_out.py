@@ -67,7 +67,7 @@ def same_with_everything_on(name: str, count: int, needle: int | None, *, every:
     assert sum(stats["accepted"]) > 0
     assert sum(stats["drafted"]) > sum(stats["accepted"])
     assert stats["prefix"]["hits"] >= len(again) // 2  # some are evicted by then
-    assert on._engine.runner._forward.replays > 5
+    assert on._engine.runner.forward.replays > 5
     off = LLM(f"tiny-{name}", **OFF, kv_cache_dtype="int8").generate(prompts[::every], PARAMS)
     for results in (first[::every], again):
         assert [numbers(result) for result in results] == [numbers(result) for result in off]

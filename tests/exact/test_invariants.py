@@ -86,7 +86,7 @@ def test_a_replayed_step_computes_with_its_own_contents(stage: Stage) -> None:
     engine.drafting = Uneven(oracle, lambda request: len(request.generated) % 2)
     wave = [(drawn(9, row), dataclasses.replace(GREEDY, max_tokens=8 + 4 * row)) for row in range(4)]
     watch.settle(watch.serve(wave, together=True), wave)
-    assert engine.runner._forward.replays > engine.runner._forward.recorded
+    assert engine.runner.forward.replays > engine.runner.forward.recorded
 
 
 def accept_every_vector(stage: Stage, model: str, drafts: int, rows: int) -> None:

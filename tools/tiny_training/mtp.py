@@ -14,6 +14,7 @@ from tiny_training.optimizer import Optimizer
 from tiny_training.rescaling import snap_norms
 
 ROW_LENGTHS = (256, 256, 256, 1024)
+DTYPE = torch.float32
 TOKENS_PER_STEP = 4096
 
 
@@ -42,36 +43,54 @@ class PredictionHead(nn.Module):
         return forward.rms_norm(x, self.norm, dtype)
 
 
-def head_logits(head: PredictionHead, trunk: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ANN401
-    """Predict tokens 2.. of each row; the result has two positions less than the row."""
+def head_losses(head: PredictionHead, trunk: Any, ids: Tensor, labels: Tensor, depths: int) -> list[Tensor]:  # noqa: ANN401
+    """Mean cross-entropy of the first, second, ... draft of every position.
+
+    Each draft but the first is made from the state that made the one before it, as at inference; only that its
+    row attends to rows of the same depth, where at inference it finds those of the first.
+    """
     with torch.no_grad():
         # As released heads take it: after the trunk's final norm.
-        hidden = forward.rms_norm(forward.hidden_states(trunk, ids, dtype), trunk.model.norm, torch.float32)
-    state = head(trunk, hidden[:, :-2], ids[:, 1:-1], dtype)
-    return forward.linear(state, trunk.lm_head).float()
+        state = forward.rms_norm(forward.hidden_states(trunk, ids, DTYPE), trunk.model.norm, DTYPE)
+    losses: list[Tensor] = []
+    for depth in range(1, depths + 1):
+        state = head(trunk, state[:, :-1], ids[:, depth:], DTYPE)
+        after = labels[:, depth + 1 :]
+        wanted = after != IGNORED
+        losses.append(F.cross_entropy(forward.linear(state[:, :-1][wanted], trunk.lm_head).float(), after[wanted]))
+    return losses
 
 
-def train_head(trunk: Any, batches: Batches, minutes: float, dtype: torch.dtype) -> PredictionHead:  # noqa: ANN401
-    """Start from the last attention layer of the trunk and train against the clock."""
-    head = PredictionHead(trunk.config)
-    head.layers[0].load_state_dict(trunk.model.layers[-1].state_dict())
-    with torch.no_grad():
-        nn.init.normal_(head.fc.weight, std=head.fc.in_features**-0.5)
+def train_head(
+    trunk: Any,  # noqa: ANN401
+    batches: Batches,
+    minutes: float,
+    depths: int = 3,
+    head: PredictionHead | None = None,
+) -> PredictionHead:
+    """Go on with a head, or start from the last attention layer of the trunk, and train against the clock."""
+    rate = 1.0 if head is None else 0.3
+    if head is None:
+        head = PredictionHead(trunk.config)
+        head.layers[0].load_state_dict(trunk.model.layers[-1].state_dict())
+        with torch.no_grad():
+            nn.init.normal_(head.fc.weight, std=head.fc.in_features**-0.5)
     snap_norms(head)
     trunk.requires_grad_(requires_grad=False)
     optimizer = Optimizer(head, muon_rate=0.02, adam_rate=0.004)
     start, step = time.monotonic(), 0
+    average = torch.zeros(depths)
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
         length = ROW_LENGTHS[step % len(ROW_LENGTHS)]
         ids, labels = batches.draw(TOKENS_PER_STEP // length, length, progress=1.0)
-        wanted = labels[:, 2:] != IGNORED
-        predicted = head_logits(head, trunk, ids, dtype)[wanted]
-        loss = F.cross_entropy(predicted, labels[:, 2:][wanted])
-        loss.backward()
-        optimizer.step(min(1.0, 1.01 - progress))
+        losses = head_losses(head, trunk, ids, labels, depths)
+        torch.stack(losses).sum().backward()
+        optimizer.step(rate * min(1.0, 1.01 - progress))
+        found = torch.stack(losses).detach()
+        average = found if step == 0 else 0.95 * average + 0.05 * found
         step += 1
         if step % 25 == 0:
-            right = (predicted.argmax(-1) == labels[:, 2:][wanted]).float().mean()
-            print(f"head step {step}  {progress:.1%}  loss {loss:.4f}  accuracy {right:.3f}", flush=True)
+            drafts = "  ".join(f"{loss:.3f}" for loss in average.tolist())
+            print(f"head step {step}  {progress:.1%}  loss by draft {drafts}", flush=True)
     trunk.requires_grad_(requires_grad=True)
     return head

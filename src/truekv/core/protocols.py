@@ -253,12 +253,8 @@ class Proposer(Protocol):
 class Observer(Protocol):
     """Looks on while the engine runs. It reports what it notices, and changes no answer."""
 
-    def before_step(self, requests: Seq[int], tokens: int) -> bool:
-        """Learn which requests the next step serves, in the order of its chunks, and how many tokens it runs.
-
-        Returns whether it must run launch by launch, because this time the rows of a layer are looked
-        at on their way to memory: a captured step would not show them.
-        """
+    def before_step(self, requests: Seq[int], tokens: int) -> None:
+        """Learn which requests the next step serves, in the order of its chunks, and how many tokens it runs."""
         ...
 
     def after_tokens(self, request: int, tokens: Seq[int], prompt: int) -> None:

@@ -136,6 +136,7 @@ class StepGraphs:
         no sequence, so it may happen between any two steps.
         """
         layers = (*arena.layers, *arena.draft_layers)
+        self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
         if any(isinstance(layer, PagedLayer | StateLayer) and layer.check_finite for layer in layers):
             raise Refused(
                 "a captured step cannot stop at numbers that are not finite; make its arena with check_finite=False, "
@@ -153,9 +154,9 @@ class StepGraphs:
         self._captured: OrderedDict[tuple[object, ...], Captured] = OrderedDict()
 
     def __call__(self, step: Step, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return forward(step, *tensors)."""
+        """Return forward(step, *tensors); launch by launch where a layer's rows are looked at, which a replay hides."""
         size = self.sizes.holding(step)
-        if size is None:
+        if size is None or any(layer.probe for layer in self._paged):
             self.eager += 1
             return self._forward(step, *tensors)
         captured = self._capture(size, *tensors)

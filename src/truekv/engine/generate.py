@@ -152,11 +152,11 @@ class Engine:
         chunks = [_chunk(share) for share in shares]
         wanted = [self._answers[share.request.identity].wanted(share) for share in shares]
         self.steps += 1
-        eager = self.observer is not None and self.observer.before_step(
-            [share.request.identity for share in shares], sum(len(chunk.tokens) for chunk in chunks)
-        )
+        if self.observer:
+            requests = [share.request.identity for share in shares]
+            self.observer.before_step(requests, sum(len(chunk.tokens) for chunk in chunks))
         try:
-            ran = self.runner.run(chunks, wanted, eager=eager)
+            ran = self.runner.run(chunks, wanted)
         except Corrupted as error:
             return self._suspect(shares, error)
         return self._finish(shares, ran)

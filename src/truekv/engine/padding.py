@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from truekv.core.batch import Step
 from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
+
+_KNOWN: Final = 256
+"""Smaller steps of which it is known where their numbers go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +94,34 @@ class PaddedStep:
         """The buffers, which stay where they are."""
         self.tensors = tuple(tensor.clone() for tensor in tensors)
         """Those that go with it."""
+        self._places: dict[StepSize, torch.Tensor] = {}
 
     def put(self, step: Step, tensors: Seq[torch.Tensor] = ()) -> None:
         """Lay in a step that is no larger; nothing of the one before stays."""
         self._numbers.copy_(self._first)
-        for field in fields(step):
-            value, buffer = getattr(step, field.name), getattr(self.step, field.name)
-            for dim, length in enumerate(value.shape):
-                buffer = buffer.narrow(dim, 0, length)
-            buffer.copy_(value)
+        # Launches cost more than what they copy, so all fields are laid in by one.
+        numbers = torch.cat([getattr(step, field.name).reshape(-1) for field in fields(step)])
+        self._numbers.index_copy_(0, self._places_of(step), numbers)
         for tensor, buffer in zip(tensors, self.tensors, strict=True):
             buffer[: len(tensor)] = tensor
             buffer[len(tensor) :] = 0
+
+    def _places_of(self, step: Step) -> torch.Tensor:
+        """Where the numbers of a step of this size lie among the buffers', in the order of its fields."""
+        size = StepSize.of(step)
+        known = self._places.get(size)
+        if known is None:
+            if len(self._places) == _KNOWN:
+                self._places.clear()
+            places = torch.arange(len(self._numbers), device=self._numbers.device)
+            parts: list[torch.Tensor] = []
+            start = 0
+            for field in fields(step):
+                value, buffer = getattr(step, field.name), getattr(self.step, field.name)
+                part = places[start : start + buffer.numel()].view(buffer.shape)
+                for dim, length in enumerate(value.shape):
+                    part = part.narrow(dim, 0, length)
+                parts.append(part.flatten())
+                start += buffer.numel()
+            known = self._places[size] = torch.cat(parts)
+        return known

@@ -189,11 +189,26 @@ def _again(
     if name in _COPIES:
         return functools.partial(buffers[0].copy_, args[0])
 
+    if (into := _writing(func)) and len(buffers) == 1:
+        return functools.partial(into, *args, **options, out=buffers[0])
+
     def launch() -> None:
         for buffer, result in zip(buffers, _tensors(func(*args, **options)), strict=True):
             buffer.copy_(result)
 
     return launch
+
+
+@functools.cache
+def _writing(func: Any) -> Any:  # noqa: ANN401
+    """Return the overload of an operation that takes the same arguments and where to write its result; None without."""
+    packet = func.overloadpacket
+    asked = [(argument.name, str(argument.type)) for argument in func._schema.arguments]  # noqa: SLF001
+    for overload in (getattr(packet, name) for name in packet.overloads()):
+        taken = [(argument.name, str(argument.type)) for argument in overload._schema.arguments]  # noqa: SLF001
+        if taken == [*asked, ("out", "Tensor")]:
+            return overload
+    return None
 
 
 def _joined(launches: list[NativeCall | Callable[[], object]]) -> list[Callable[[], object]]:

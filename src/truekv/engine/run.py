@@ -34,19 +34,17 @@ class Runner:
         """Bind a model to the memory of its layers; `forward` replaces its pass by one that gives the same."""
         self.model = model
         self.arena = arena
-        self._forward = forward or self._eager
+        self.forward = forward or self._eager
 
-    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], *, eager: bool = False) -> Ran:
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Ran:
         """Run one step; nothing in it is real until the caller advances each chunk's sequence.
-
-        `eager` runs the model's own pass, whatever replaces it otherwise.
 
         A chunk whose numbers are not finite gets a Corrupted instead of logits; Corrupted is raised
         when the step failed and it is unknown whose fault it was.
         """
         step = self.arena.reserve(list(chunks))
         with torch.inference_mode():
-            hidden_TH = (self._eager if eager else self._forward)(step)
+            hidden_TH = self.forward(step)
             rows = _rows(chunks, wanted)
             logits_NV = self.model.logits(hidden_TH[rows]).float().cpu() if rows else torch.empty(0, 0)
             healthy = _healthy(chunks, wanted, hidden_TH, logits_NV)

@@ -170,17 +170,20 @@ class Arena:
         rows = [(item.sequence, item.sequence.position, item.tokens, item.drafts) for item in chunks]
         return lay_out(rows, self.plan.page_tokens, self.device)
 
-    def draft_step(self, rows: Seq[tuple[Sequence, int, list[int]]]) -> Step:
+    def draft_step(self, rows: Seq[tuple[Sequence, int, list[int]]], drafts: Seq[int] = ()) -> Step:
         """Describe a pass of the draft head: tokens for rows from a position on, inside what is reserved.
 
         Its rows are as provisional as the step's own: those that are not advanced over are overwritten.
+        `drafts`: of each row how many will be made from it. Passes over all of them but the last write to the
+        lines that follow.
         """
-        for sequence, start, tokens in rows:
+        for (sequence, start, tokens), made in zip(rows, drafts or [0] * len(rows), strict=True):
             lease, size = self._lease(sequence), self.plan.page_tokens
             own = range(len(lease.nodes) * size, len(sequence.pages) * size + 1)
-            if lease.reserved is None or start not in own or start + len(tokens) not in own:
+            end = start + len(tokens) + max(0, made - 1)
+            if lease.reserved is None or start not in own or end not in own:
                 raise Refused(
-                    f"draft rows {start} to {start + len(tokens) - 1} lie outside of what is reserved for a sequence "
+                    f"draft rows {start} to {end - 1} lie outside of what is reserved for a sequence "
                     f"of {sequence.position} tokens; reserve the step with more room"
                 )
         described = [(sequence, start, tokens, 0) for sequence, start, tokens in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from truekv.core.batch import Step
@@ -15,40 +16,36 @@ if TYPE_CHECKING:
 
 def lay_out(rows: Seq[tuple[Sequence, int, list[int], int]], page_tokens: int, device: torch.device) -> Step:
     """Lay out (sequence, first position, tokens, drafts) of each row."""
-
-    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     counts = [len(tokens) for _, _, tokens, _ in rows]
     sequences = [sequence for sequence, *_ in rows]
-    total, longest, width = sum(counts), max(counts), max(len(item.pages) for item in sequences)
-    starts = [sum(counts[:row]) for row in range(len(counts))]
-    positions = [range(first, first + count) for (_, first, _, _), count in zip(rows, counts, strict=True)]
+    total, batch, longest = sum(counts), len(rows), max(counts)
+    width = max(len(item.pages) for item in sequences)
+    ends = list(itertools.accumulate(counts))
+    places = [(item, first + place) for item, first, tokens, _ in rows for place in range(len(tokens))]
     # A row of the table must hold real pages to its end, so that a gather never leaves memory.
-    table = [item.pages + [item.pages[-1] if item.pages else 0] * (width - len(item.pages)) for item in sequences]
-    return Step(
-        tokens=tensor([token for _, _, tokens, _ in rows for token in tokens]),
-        positions=tensor([position for row in positions for position in row]),
-        owner=tensor([row for row, count in enumerate(counts) for _ in range(count)]),
-        offset=tensor([place for count in counts for place in range(count)]),
-        gather=tensor(
-            [
-                [min(start + min(place, max(count - 1, 0)), total - 1) for place in range(longest)]
-                for start, count in zip(starts, counts, strict=True)
-            ]
-        ),
-        position=tensor([first for _, first, _, _ in rows]),
-        count=tensor(counts),
-        certain=tensor([len(tokens) - drafts for _, _, tokens, drafts in rows]),
-        replay=tensor([item.replay for item in sequences]),
-        slot=tensor([item.slot for item in sequences]),
-        pages=tensor(table),
-        page=tensor(
-            [
-                item.pages[position // page_tokens]
-                for item, row in zip(sequences, positions, strict=True)
-                for position in row
-            ]
-        ),
-        line=tensor([position % page_tokens for row in positions for position in row]),
-    )
+    table = [item.pages + (item.pages[-1:] or [0]) * (width - len(item.pages)) for item in sequences]
+    values: dict[str, list[int]] = {
+        "tokens": [token for _, _, tokens, _ in rows for token in tokens],
+        "positions": [position for _, position in places],
+        "owner": [row for row, count in enumerate(counts) for _ in range(count)],
+        "offset": [place for count in counts for place in range(count)],
+        "gather": [
+            min(end - count + min(place, max(count - 1, 0)), total - 1)
+            for end, count in zip(ends, counts, strict=True)
+            for place in range(longest)
+        ],
+        "position": [first for _, first, _, _ in rows],
+        "count": counts,
+        "certain": [len(tokens) - drafts for _, _, tokens, drafts in rows],
+        "replay": [item.replay for item in sequences],
+        "slot": [item.slot for item in sequences],
+        "pages": list(itertools.chain.from_iterable(table)),
+        "page": [item.pages[position // page_tokens] for item, position in places],
+        "line": [position % page_tokens for _, position in places],
+    }
+    # One tensor, so that a device gets all of it at once.
+    numbers = torch.tensor(list(itertools.chain.from_iterable(values.values())), dtype=torch.int64, device=device)
+    parts = torch.split(numbers, [len(part) for part in values.values()])
+    views = dict(zip(values, parts, strict=True))
+    views["gather"], views["pages"] = views["gather"].view(batch, longest), views["pages"].view(batch, width)
+    return Step(**views)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -10,20 +11,22 @@ from typing import TYPE_CHECKING, Any, Final
 import truekv
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
+from truekv.core.lazy import torch
 from truekv.kernels.table import NATIVE
 
 if TYPE_CHECKING:
     from truekv.core.batch import Step
-    from truekv.core.lazy import torch
     from truekv.core.options import EngineOptions
-    from truekv.core.protocols import CacheFormat, Model
+    from truekv.core.protocols import CacheFormat
     from truekv.core.spec import ModelSpec
+    from truekv.engine.capture import StepGraphs
     from truekv.engine.generate import Engine
+    from truekv.engine.run import Runner
     from truekv.engine.speculate.drafting import Drafter
+    from truekv.engine.speculate.mtp import Guess
     from truekv.engine.tokens import Tokenizer
     from truekv.formats.frame import Frame
     from truekv.kernels.table import Kernels
-    from truekv.memory.arena import Arena
     from truekv.memory.plan import MemoryPlan
     from truekv.models.weights import Checkpoint
     from truekv.serve.messages import ChatTemplate
@@ -104,6 +107,7 @@ def design(model: str, options: EngineOptions) -> Blueprint:
 
 def build(blueprint: Blueprint) -> Engine:
     """Load the weights, allocate the memory that was planned, and start the engine."""
+    from truekv.engine.capture import StepGraphs
     from truekv.engine.generate import Engine
     from truekv.engine.run import Runner
     from truekv.engine.schedule import Schedule
@@ -125,8 +129,13 @@ def build(blueprint: Blueprint) -> Engine:
         prefix_interval=options.prefix_checkpoint_interval if options.enable_prefix_caching else None,
     )
     # Captured steps come first: what their padding holds is nobody's any more.
-    runner = Runner(model, arena, _replayed(model, arena) if captured else None)
-    drafter = _drafter(options, model, arena)
+
+    def forward(step: Step) -> torch.Tensor:
+        return model.forward(step, arena.layers)
+
+    graphs = StepGraphs(forward, arena) if captured else None
+    runner = Runner(model, arena, graphs)
+    drafter = _drafter(blueprint, runner, graphs)
     schedule = Schedule(
         pages=arena.available_pages,
         page_tokens=plan.page_tokens,
@@ -150,23 +159,31 @@ def captures(options: EngineOptions, kernels: Kernels) -> bool:
     return options.capture == "on" or (options.capture == "auto" and kernels.backend == NATIVE)
 
 
-def _replayed(model: Model, arena: Arena) -> Callable[[Step], torch.Tensor]:
+def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) -> Drafter | None:
     from truekv.engine.capture import StepGraphs
-
-    def forward(step: Step) -> torch.Tensor:
-        return model.forward(step, arena.layers)
-
-    return StepGraphs(forward, arena)
-
-
-def _drafter(options: EngineOptions, model: Model, arena: Arena) -> Drafter | None:
+    from truekv.engine.speculate.adapt import draft_cost
     from truekv.engine.speculate.drafting import Drafter
     from truekv.engine.speculate.mtp import Predictor
 
-    speculation = options.speculative_config
+    speculation, model, arena = blueprint.options.speculative_config, runner.model, runner.arena
     if speculation is None:
         return None
-    return Drafter(speculation, Predictor(model, arena) if speculation.method == "mtp" else None)
+    predictor = rehearse = None
+    if speculation.method == "mtp":
+
+        def replayed(run: Guess) -> Guess:
+            return StepGraphs(run, arena, graphs.scratch) if graphs else run
+
+        predictor = Predictor(model, arena, replayed)
+        rehearse = functools.partial(predictor.rehearse, dtype=getattr(torch, blueprint.dtype))
+
+    def run(step: Step) -> torch.Tensor:
+        with torch.inference_mode():
+            return model.logits(runner.forward(step))
+
+    most = speculation.num_speculative_tokens
+    cost = draft_cost(run, rehearse, most, arena.device) if speculation.adaptive else 0.0
+    return Drafter(speculation, predictor, cost)
 
 
 def _measured(checkpoint: Checkpoint, asked: str | None, model: str) -> Measured:

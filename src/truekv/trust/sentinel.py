@@ -149,20 +149,19 @@ class Sentinel:
         self.findings: deque[Finding] = deque(maxlen=KEPT)
         """The last of them."""
 
-    def before_step(self, requests: Sequence[int], tokens: int) -> bool:
+    def before_step(self, requests: Sequence[int], tokens: int) -> None:
         """See core.protocols.Observer."""
         self._disarm()
         self._credit += tokens
         step = self._steps
         self._steps += 1
         if not self._layers or (step >= len(self._layers) and step % self._every):
-            return False
+            return
         index, layer = self._layers[self._counts["looks"] % len(self._layers)]
         self._counts["looks"] += 1
         self._requests = tuple(requests)
         self._armed = layer
         layer.probe = functools.partial(self._look, index, layer.name)
-        return True
 
     def after_tokens(self, request: int, tokens: Sequence[int], prompt: int) -> None:
         """See core.protocols.Observer."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from truekv.engine.speculate.adapt import DraftLength
+from truekv.engine.speculate.adapt import START, DraftLength
 from truekv.engine.speculate.mtp import Row
 from truekv.engine.speculate.ngram import Ngram
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from truekv.engine.request import Request
     from truekv.engine.schedule import Share
     from truekv.engine.speculate.mtp import Predictor
+
+_LEARNING: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,11 @@ class Drafter:
     speculation: Speculation
     predictor: Predictor | None
     """The prediction head; None for the method ngram."""
+    cost: float
+    """Of one more draft, where their number is adapted; see draft_cost."""
     tally: Tally = field(init=False)
+    _rate: float = START
+    """What requests before have found: answers may be too short to learn it anew in each."""
     _followers: dict[int, _Follower] = field(default_factory=dict[int, _Follower])
 
     def __post_init__(self) -> None:
@@ -120,8 +126,10 @@ class Drafter:
                 item.share.request.guess = guess
 
     def forget(self, request: Request) -> None:
-        """Drop a request's history."""
-        self._followers.pop(request.identity, None)
+        """Drop a request's history, but for how its drafts fared."""
+        follower = self._followers.pop(request.identity, None)
+        if follower:
+            self._rate += _LEARNING * (follower.length.rate - self._rate)
 
     def _wanted(self, item: Verified) -> int:
         """How many drafts to make for what follows a share; what it had is used up."""
@@ -145,7 +153,7 @@ class Drafter:
         if found is None:
             speculation = self.speculation
             found = self._followers[request.identity] = _Follower(
-                DraftLength(speculation.num_speculative_tokens),
+                DraftLength(speculation.num_speculative_tokens, self.cost, self._rate),
                 Ngram(speculation.prompt_lookup_max, speculation.prompt_lookup_min),
             )
         return found

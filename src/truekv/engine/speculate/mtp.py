@@ -5,25 +5,30 @@ real. One pass of the head over those writes its rows for them and makes the fir
 sequence; the others come one by one, each from the state that made the one before it. Rows of drafts
 lie beyond what is real, so the next step's pass overwrites them.
 
-Shapes: T tokens that became real, N sequences that go on drafting, C hidden size, V vocabulary.
+Shapes: T tokens that became real, B sequences, D drafts, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from truekv.core.batch import Sequence as Held
+    from truekv.core.batch import Step
     from truekv.core.protocols import DraftHead, Model
     from truekv.memory.arena import Arena
+
+    Guess = Callable[..., torch.Tensor]
+    """A step, the states [T, hidden_size] of its tokens and how many drafts [T] their rows want to drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +49,20 @@ class Row:
 class Predictor:
     """Guesses with a model's prediction head, whose rows the arena keeps in its draft layers."""
 
-    def __init__(self, model: Model, arena: Arena) -> None:
-        """Refuse a model that was loaded without its head, and an arena without its layers."""
+    def __init__(self, model: Model, arena: Arena, replayed: Callable[[Guess], Guess] | None = None) -> None:
+        """Refuse a model that was loaded without its head, and an arena without its layers.
+
+        `replayed` replaces a function by one that gives the same.
+        """
         head = model.draft_head
         if head is None or not arena.draft_layers:
             what = "model was loaded" if head is None else "memory was planned"
             raise Refused(f"the {what} without the multi-token-prediction head; load and plan it, or use ngram")
         self.head: DraftHead = head
         self.arena = arena
+        self._size = model.spec.hidden_size
+        self._replayed = replayed
+        self._guesses: dict[int, Guess] = {}
 
     def propose(self, rows: Sequence[Row], hidden_TC: torch.Tensor) -> list[list[int]]:
         """Write the head's rows for tokens that became real, and return each sequence's drafts, at most `wanted`.
@@ -61,61 +72,81 @@ class Predictor:
         step needs `wanted` - 1 lines of room. A sequence whose numbers are not finite gets no (further)
         drafts; its tokens do not depend on them.
         """
-        drafts: list[list[int]] = [[] for _ in rows]
         if not rows:
-            return drafts
-        with torch.inference_mode():
-            last_NC = self._catch_up(rows, hidden_TC)
-            live = [index for index, row in enumerate(rows) if row.wanted > 0]
-            state_NC = last_NC[live]
-            while live:
-                going = self._draft(rows, drafts, live, state_NC)
-                live = [live[place] for place in going]
-                if live:
-                    try:
-                        state_NC = self._chain(rows, drafts, live, state_NC[going])
-                    except Corrupted:
-                        break
-        return drafts
-
-    def _catch_up(self, rows: Sequence[Row], hidden_TC: torch.Tensor) -> torch.Tensor:
-        """Pass over all that became real; return each sequence's last state, NaN where its rows cannot be stored."""
-        places = [place for row in rows for place in row.places]
-        ends = list(itertools.accumulate(len(row.following) for row in rows))
+            return []
+        step = self.arena.draft_step(
+            [(row.sequence, row.start, row.following) for row in rows], [row.wanted for row in rows]
+        )
+        places_T, wanted_T = torch.tensor(
+            [
+                [place for row in rows for place in row.places],
+                [row.wanted for row in rows for _ in row.places],
+            ],
+            device=hidden_TC.device,
+        )
         try:
-            step = self.arena.draft_step([(row.sequence, row.start, row.following) for row in rows])
-            state_TC = self.head.forward(self.head.begin(hidden_TC[places]), step, self.arena.draft_layers)
+            with torch.inference_mode():
+                guess = self._guess_of(max(row.wanted for row in rows))
+                drafts_TD = guess(step, hidden_TC.index_select(0, places_T), wanted_T)
         except Corrupted:
             # Memory takes a step's rows together or not at all: one sequence must not cost the others theirs.
-            if len(rows) == 1:
-                return torch.full_like(hidden_TC[:1], math.nan)
-            return torch.cat([self._catch_up([row], hidden_TC) for row in rows])
-        return state_TC[[end - 1 for end in ends]]
+            return [[]] if len(rows) == 1 else [self.propose([row], hidden_TC)[0] for row in rows]
+        drafts = cast("list[list[int]]", drafts_TD[: len(rows)].tolist())
+        return [
+            list(itertools.takewhile(lambda token: token >= 0, found[: row.wanted]))
+            for row, found in zip(rows, drafts, strict=True)
+        ]
 
-    def _draft(
-        self, rows: Sequence[Row], drafts: list[list[int]], live: list[int], state_NC: torch.Tensor
-    ) -> list[int]:
-        """Add each live sequence's likeliest token to its drafts; return the places of those that go on."""
-        logits_NV = self.head.logits(state_NC)
-        best_N = cast("list[int]", logits_NV.argmax(-1).tolist())
-        sound_N = cast("list[bool]", torch.isfinite(logits_NV).all(-1).tolist())
-        going: list[int] = []
-        for place, (index, token, sound) in enumerate(zip(live, best_N, sound_N, strict=True)):
-            if sound:
-                drafts[index].append(token)
-                if len(drafts[index]) < rows[index].wanted:
-                    going.append(place)
-        return going
+    def rehearse(self, step: Step, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Make drafts after every token of a step, from states of zeros."""
+        tokens = step.tokens
+        state_TC = torch.zeros(len(tokens), self._size, dtype=dtype, device=self.arena.device)
+        with torch.inference_mode():
+            return self._guess_of(count)(step, state_TC, torch.full_like(tokens, count))
 
-    def _chain(
-        self, rows: Sequence[Row], drafts: Sequence[list[int]], live: Sequence[int], state_NC: torch.Tensor
-    ) -> torch.Tensor:
-        """Pass over the last draft of each live sequence, whose state is the one that made it."""
-        step = self.arena.draft_step(
-            [
-                (rows[index].sequence, rows[index].start + len(rows[index].following) + len(drafts[index]) - 1, [token])
-                for index in live
-                for token in drafts[index][-1:]
-            ]
+    def _guess_of(self, count: int) -> Guess:
+        """Return the function that makes up to `count` drafts for every row of a step."""
+        if count not in self._guesses:
+            guess = functools.partial(self._guess, count)
+            self._guesses[count] = self._replayed(guess) if self._replayed else guess
+        return self._guesses[count]
+
+    def _guess(self, count: int, step: Step, hidden_TC: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
+        """Make drafts [T, count], those of row b in row b: one pass over the step, one over each draft but the last.
+
+        `wanted_T` is how many the row of each token wants; where a logit is not finite its draft is -1. All of it
+        happens on the device, which the host need not wait for.
+        """
+        layers = self.arena.draft_layers
+        state_TC = self.head.forward(self.head.begin(hidden_TC), step, layers)
+        batch = len(step.count)
+        drafts_TD = step.tokens.new_full((len(step.tokens), count), -1)
+        last_B1 = step.gather.gather(1, (step.count - 1).clamp(min=0)[:, None])
+        wanted_B = wanted_T[step.gather[:, 0]].masked_fill(step.count == 0, 0)
+        state_BC = state_TC[last_B1[:, 0]]
+        row_B = torch.arange(batch, device=step.count.device)
+        one_token = replace(step, owner=row_B, offset=torch.zeros_like(row_B), gather=row_B[:, None])
+        for place in range(count):
+            # The largest is not a number where any logit is not.
+            top_B, best_B = self.head.logits(state_BC).max(-1)
+            drafts_TD[:batch, place] = best_B.masked_fill(top_B.abs().lt(math.inf).logical_not(), -1)
+            if place + 1 < count:
+                one_token = self._after(one_token, step.position + step.count + place, best_B, wanted_B > place + 1)
+                state_BC = self.head.forward(state_BC, one_token, layers)
+        return drafts_TD
+
+    def _after(self, step: Step, position_B: torch.Tensor, token_B: torch.Tensor, going_B: torch.Tensor) -> Step:
+        """Lay out a pass over one draft of each row that goes on; those of the others are stored nowhere."""
+        size = self.arena.plan.page_tokens
+        page_B1 = (position_B // size).clamp(max=step.pages.shape[1] - 1)[:, None]
+        one_B = going_B.to(torch.int64)
+        return replace(
+            step,
+            tokens=token_B,
+            positions=position_B,
+            position=position_B,
+            count=one_B,
+            certain=one_B,
+            page=step.pages.gather(1, page_B1)[:, 0],
+            line=(position_B % size).masked_fill(going_B.logical_not(), -1),
         )
-        return self.head.forward(state_NC, step, self.arena.draft_layers)
