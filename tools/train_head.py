@@ -1,6 +1,6 @@
 """Train the prediction head of a finished hybrid further; its trunk stays as it is, to the last bit.
 
-Run ``PYTHONPATH=src python tools/train_head.py src/truekv/tiny/hybrid --minutes 8``, then measure its frames again.
+Run ``PYTHONPATH=src python tools/train_head.py src/truekv/tiny/hybrid --minutes 14``, then measure its frames again.
 """
 
 import argparse
