@@ -10,6 +10,7 @@ import torch
 from truekv.core.batch import Step
 from truekv.core.errors import Refused
 from truekv.engine.capture import Captured, _token_counts
+from truekv.engine.recording import _writing
 
 
 def step(position: int, tokens: list[int]) -> Step:
@@ -61,6 +62,22 @@ def test_views_and_shared_buffers_are_followed() -> None:
 
     captured = Captured(forward, step(0, [1, 2]))
     assert torch.equal(captured(step(7, [4, 9])), forward(step(7, [4, 9])))
+
+
+def test_operations_write_straight_to_their_buffers_where_they_can() -> None:
+    aten = torch.ops.aten
+    assert _writing(aten.add.Tensor) is aten.add.out
+    assert _writing(aten.where.self) is aten.where.self_out
+    assert _writing(aten.max.dim) is None, "it makes two"
+
+    def forward(at: Step) -> torch.Tensor:
+        top, place = torch.stack((at.tokens, at.positions * 2)).max(0)
+        kept = top.masked_fill((at.tokens > 5).logical_not(), -1) % 7
+        return torch.where(place == 0, kept, at.tokens // 2).gather(0, at.offset).to(torch.float32)
+
+    captured = Captured(forward, step(0, [1, 9]))
+    for base, tokens in ((7, [4, 9]), (1, [30, 2]), (20, [3, 50])):
+        assert torch.equal(captured(step(base, tokens)), forward(step(base, tokens)))
 
 
 def test_a_length_read_by_the_host_is_baked() -> None:

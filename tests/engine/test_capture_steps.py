@@ -227,6 +227,23 @@ def test_steps_that_fit_no_size_run_as_they_are(checkpoint: Callable[[str], Chec
 
 
 @native_only
+def test_a_step_whose_rows_are_looked_at_is_not_replayed(checkpoint: Callable[[str], Checkpoint]) -> None:
+    twins = Twins(checkpoint("dense"), "int8", "native")
+    twins.step({0: ([5], 0, 0)})
+    seen: list[int] = []
+    layer = next(layer for layer in twins.captured.layers if isinstance(layer, PagedLayer))
+    layer.probe = lambda _stored, _rows, step: seen.append(len(step.tokens))
+    before = (twins.graphs.replays, twins.graphs.eager)
+    eager, captured = twins.step({0: ([6], 0, 0)})
+    assert torch.equal(eager, captured)
+    assert seen == [1]
+    layer.probe = None
+    twins.step({0: ([7], 0, 0)})
+    assert (twins.graphs.replays, twins.graphs.eager) == (before[0] + 1, before[1] + 1)
+    assert seen == [1]
+
+
+@native_only
 def test_warming_up_records_every_size_and_changes_no_memory(checkpoint: Callable[[str], Checkpoint]) -> None:
     twins = Twins(checkpoint("gdn"), "int8", "native")
     for asked in mixes(1, 2):
