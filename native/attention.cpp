@@ -236,10 +236,12 @@ class Attention {
     auto partial = [&](int64_t i, int64_t s) {
       return Partial(held.get() + place[i] + s * Partial::size(tiles[i].rows, value.lanes), tiles[i].rows, value.lanes);
     };
+    // Neighbours go to one thread, which then has the first keys of the next one at hand.
+    const int64_t neighbours = std::max<int64_t>(1, parts / (4 * omp_get_max_threads()));
 #pragma omp parallel
     {
       Floats space = floats(workspace(TILE));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, neighbours)
       for (int64_t w = 0; w < parts; w++) {
         const Item& tile = tiles[work[w].first];
         attend_split(tile, tile.split + work[w].second, partial(work[w].first, work[w].second), space.get());
@@ -294,18 +296,18 @@ class Attention {
     part.clear(rows, value.lanes);
     const int64_t* pages = a.pages + tile.sequence * a.width;
     int64_t from = std::max(split * SPLIT, oldest(position(tile.sequence, tile.first)) / KEYS * KEYS);
-    int64_t end = std::min((split + 1) * SPLIT, position(tile.sequence, tile.first + rows - 1) + 1);
+    const int64_t written = position(tile.sequence, tile.first + rows - 1) + 1, end = std::min((split + 1) * SPLIT, written);
     bool direct = rows <= DIRECT && rows != 3;
     for (int64_t key = from; key < end; key += KEYS) {
       int tokens = (int)std::min<int64_t>(KEYS, end - key);
       F32 factor[2][2];
       for (int f = 0; f < a.fields; f++) {
-        Source rows_of = source(a.scored[f], scored[f], tile.head, pages, key, end);
+        Source rows_of = source(a.scored[f], scored[f], tile.head, pages, key, written);
         scales(scored[f], rows_of, 1.0f, factor[f]);
         score_field(f, rows_of, tile, tokens, direct && !a.latent, scores[f], decoded);
         if (f == 0 && a.latent) decoded_value = decoded, decoded += KEYS * scored[0].lanes;
       }
-      Source values = source(a.value, value, tile.head, pages, key, end);
+      Source values = source(a.value, value, tile.head, pages, key, written);
       F32 unit[2];
       scales(value, values, 1.0f, unit);
       soften(tile, key, scores, factor, unit, part, weights);
