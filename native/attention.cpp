@@ -100,6 +100,8 @@ class Attention {
       if (of_integers(a.scored[f].code)) scored[f].lanes = query_floats(scored[f].dim);
     if (of_integers(a.value.code)) value.lanes = value_lanes(a.value.code, value.dim);
 #endif
+    for (int f = 0; f < a.fields; f++) dims[f] = dims_of(a.scored[f], scored[f]);
+    dims[2] = dims_of(a.value, value);
     int64_t rows = 0;
     for (int64_t b = 0; b < a.batch; b++) first_row.push_back(rows), rows += a.count[b] * a.group;
     rows_of_head = rows;
@@ -128,6 +130,7 @@ class Attention {
   std::vector<Shape> scored;
   std::vector<int64_t> first_row;
   int64_t rows_of_head;
+  std::vector<int> dims[3];     // of the lanes of scored fields and of the value; -1: none
   std::vector<Floats> queries;  // per field: [kv head][row][lanes], framed, times the factor of scores
 
   float* query(int field, int64_t head, int64_t row) const {
@@ -158,26 +161,26 @@ class Attention {
           return write_query(x, field.dim, to);
         }
 #endif
-        each_lane(field, scored[f], [&](int lane, int dim) { to[lane] = dim < 0 ? 0.0f : x[dim] * a.factor; });
+        for (int lane = 0; lane < scored[f].lanes; lane++) to[lane] = dims[f][lane] < 0 ? 0.0f : x[dims[f][lane]] * a.factor;
       });
     }
   }
 
-  template <class Then>
-  static void each_lane(const Stored& field, const Shape& shape, Then then) {
+  static std::vector<int> dims_of(const Stored& field, const Shape& shape) {
+    std::vector<int> to;
 #if INTEGERS
     if (of_integers(field.code)) {
-      for (int lane = 0; lane < shape.lanes; lane++) then(lane, dim_of_lane(field.code, shape.dim, lane));
-      return;
+      for (int lane = 0; lane < shape.lanes; lane++) to.push_back(dim_of_lane(field.code, shape.dim, lane));
+      return to;
     }
 #endif
     with_decoder(field.code, [&](auto type) {
       using D = typename decltype(type)::Decoder;
-      int at = 0;
       for (int unit = 0; unit < shape.units; unit++)
         for (int v = 0; v < D::VECTORS; v++)
-          for (int lane = 0; lane < LANES; lane++) then(at++, D::dim_of(shape.dim, unit, v, lane));
+          for (int lane = 0; lane < LANES; lane++) to.push_back(D::dim_of(shape.dim, unit, v, lane));
     });
+    return to;
   }
 
   // Position of a row of a sequence, and the first key it sees.
@@ -233,10 +236,12 @@ class Attention {
     auto partial = [&](int64_t i, int64_t s) {
       return Partial(held.get() + place[i] + s * Partial::size(tiles[i].rows, value.lanes), tiles[i].rows, value.lanes);
     };
+    // Neighbours go to one thread, which then has the first keys of the next one at hand.
+    const int64_t neighbours = std::max<int64_t>(1, parts / (4 * omp_get_max_threads()));
 #pragma omp parallel
     {
       Floats space = floats(workspace(TILE));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, neighbours)
       for (int64_t w = 0; w < parts; w++) {
         const Item& tile = tiles[work[w].first];
         attend_split(tile, tile.split + work[w].second, partial(work[w].first, work[w].second), space.get());
@@ -271,7 +276,9 @@ class Attention {
       int64_t query_head = tile.head * a.group + row % a.group;
       alignas(64) float x[LONGEST];
       const float* mean = folded.mean + r * value.lanes;
-      each_lane(a.value, value, [&](int lane, int dim) { if (dim >= 0) x[dim] = mean[lane] / folded.total[r]; });
+      alignas(64) float divided[2 * LONGEST];
+      for (int lane = 0; lane < value.lanes; lane += LANES) store(divided + lane, load<F32>(mean + lane) / folded.total[r]);
+      for (int lane = 0; lane < value.lanes; lane++) if (dims[2][lane] >= 0) x[dims[2][lane]] = divided[lane];
       out_of_frame(a.value, tile.head, x);
       int64_t at = (token * a.heads * a.group + query_head) * value.dim;
       if (a.bf16) for (int i = 0; i < value.dim; i++) ((uint16_t*)a.out)[at + i] = float_to_bf16(x[i]);
@@ -289,21 +296,21 @@ class Attention {
     part.clear(rows, value.lanes);
     const int64_t* pages = a.pages + tile.sequence * a.width;
     int64_t from = std::max(split * SPLIT, oldest(position(tile.sequence, tile.first)) / KEYS * KEYS);
-    int64_t end = std::min((split + 1) * SPLIT, position(tile.sequence, tile.first + rows - 1) + 1);
+    const int64_t written = position(tile.sequence, tile.first + rows - 1) + 1, end = std::min((split + 1) * SPLIT, written);
     bool direct = rows <= DIRECT && rows != 3;
     for (int64_t key = from; key < end; key += KEYS) {
       int tokens = (int)std::min<int64_t>(KEYS, end - key);
       F32 factor[2][2];
       for (int f = 0; f < a.fields; f++) {
-        Source rows_of = source(a.scored[f], scored[f], tile.head, pages, key, end);
+        Source rows_of = source(a.scored[f], scored[f], tile.head, pages, key, written);
         scales(scored[f], rows_of, 1.0f, factor[f]);
         score_field(f, rows_of, tile, tokens, direct && !a.latent, scores[f], decoded);
         if (f == 0 && a.latent) decoded_value = decoded, decoded += KEYS * scored[0].lanes;
       }
-      Source values = source(a.value, value, tile.head, pages, key, end);
+      Source values = source(a.value, value, tile.head, pages, key, written);
       F32 unit[2];
       scales(value, values, 1.0f, unit);
-      for (int r = 0; r < rows; r++) soften(tile, r, key, scores, factor, unit, part, weights);
+      soften(tile, key, scores, factor, unit, part, weights);
       weigh_field(values, rows, tokens, direct && !a.latent, weights, part.mean, decoded_value);
       decoded = decoded_value;
     }
@@ -345,13 +352,22 @@ class Attention {
       const int code = a.value.code;
       uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(value.dim);
       uint8_t* digits = (uint8_t*)(weights + rows * KEYS);
-      lay_values(spread(code, from.codes, value.bytes, value.dim, bytes), value.dim / planes(code), laid);
+      const Bytes stored = spread(code, from.codes, value.bytes, value.dim, bytes);
+      const int held = value.dim / planes(code);
+      if (rows > 4) lay_values(stored, held, laid);
       for (int r = 0; r < rows; r++) write_weights(weights + r * KEYS, digits + r * WEIGHT_BYTES);
       return in_fours(rows, [&](int r, auto count) {
-        auto go = code == LM4 ? weigh_integers<2, count> : weigh_integers<1, count>;
         const bool fetches = from.ahead && !a.latent && r == 0;
-        go(laid, value.lanes, digits + r * WEIGHT_BYTES, mean + r * value.lanes, from.ahead,
-           fetches ? up(KEYS * value.bytes, weigh_steps(count, value.lanes)) : 0);
+        const int ahead = fetches ? up(KEYS * value.bytes, weigh_steps(count, value.lanes)) : 0;
+        const uint8_t* weights_of = digits + r * WEIGHT_BYTES;
+        float* to = mean + r * value.lanes;
+        if (rows > 4) {
+          auto go = code == LM4 ? weigh_integers<2, count> : weigh_integers<1, count>;
+          go(laid, value.lanes, weights_of, to, from.ahead, ahead);
+        } else {
+          auto go = code == LM4 ? weigh_rows<2, count> : weigh_rows<1, count>;
+          go(stored, held, value.lanes, weights_of, to, from.ahead, ahead);
+        }
       });
     }
 #endif
@@ -370,38 +386,54 @@ class Attention {
     });
   }
 
-  // One step of the online softmax of one row over one block: weights (times the values' scales) from scores.
-  void soften(const Item& tile, int r, int64_t key, float* const* scores, const F32 (*factor)[2], const F32* unit,
-              Partial& part, float* weights) const {
+  // One step of the online softmax over one block: weights (times the values' scales) from scores. Row after row is
+  // begun before the first one is done, since each waits for the largest of its scores and for their sum.
+  void soften(const Item& tile, int64_t key, float* const* scores, const F32 (*factor)[2], const F32* unit, Partial& part,
+              float* weights) const {
     alignas(64) constexpr int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const I32 count = load<I32>(counted);
-    int64_t last = position(tile.sequence, tile.first + r), first = oldest(last);
-    int32_t low = (int32_t)std::max<int64_t>(first - key, 0), high = (int32_t)std::min<int64_t>(last - key, KEYS - 1);
-    F32 s[2];
-    for (int i = 0; i < 2; i++) {
-      s[i] = load<F32>(scores[0] + r * KEYS + i * LANES) * factor[0][i];
-      if (a.fields > 1) s[i] = fma(load<F32>(scores[1] + r * KEYS + i * LANES), factor[1][i], s[i]);
-      I32 place = count + all((int32_t)(i * LANES));
-      // Chosen, not multiplied: what lies in unwritten lines may be NaN.
-      s[i] = choose(more(all(low), place) | more(place, all(high)), all(-INFINITY), s[i]);
-    }
-    float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
-    F32 relative = all(finite_or_zero(highest));
-    // A key that is no number must not pass for one of no weight.
-    F32 p[2];
-    for (int i = 0; i < 2; i++) p[i] = choose(no_number(s[i]), s[i], exp(s[i] - relative));
-    float before = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
-    part.highest[r] = highest;
-    part.total[r] = part.total[r] * before + sum(p[0] + p[1]);
-    for (int i = 0; i < 2; i++) {
-      I32 place = count + all((int32_t)(i * LANES));
-      store(weights + r * KEYS + i * LANES, choose(more(place, all(high)), zero(), p[i] * unit[i]));
-    }
-    if (before != 1.0f)
-      for (int i = 0; i < value.lanes; i += LANES) {
-        float* at = part.mean + r * value.lanes + i;
-        store(at, load<F32>(at) * before);
+    const int rows = (int)tile.rows;
+    float before[TILE];
+    int32_t last[TILE];  // the last key of the block that a row sees
+    for (int r = 0; r < rows; r++) {
+      const int64_t at = position(tile.sequence, tile.first + r);
+      const int32_t low = (int32_t)std::max<int64_t>(oldest(at) - key, 0), high = (int32_t)std::min<int64_t>(at - key, KEYS - 1);
+      F32 s[2];
+      for (int i = 0; i < 2; i++) {
+        s[i] = load<F32>(scores[0] + r * KEYS + i * LANES) * factor[0][i];
+        if (a.fields > 1) s[i] = fma(load<F32>(scores[1] + r * KEYS + i * LANES), factor[1][i], s[i]);
+        if (low > 0 || high < KEYS - 1) {
+          I32 place = count + all((int32_t)(i * LANES));
+          // Chosen, not multiplied: what lies in unwritten lines may be NaN.
+          s[i] = choose(more(all(low), place) | more(place, all(high)), all(-INFINITY), s[i]);
+        }
+        store(scores[0] + r * KEYS + i * LANES, s[i]);
       }
+      const float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
+      before[r] = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
+      part.highest[r] = highest;
+      last[r] = high;
+    }
+    for (int r = 0; r < rows; r++) {
+      const F32 relative = all(finite_or_zero(part.highest[r]));
+      F32 p[2];
+      for (int i = 0; i < 2; i++) {
+        const F32 s = load<F32>(scores[0] + r * KEYS + i * LANES);
+        // A key that is no number must not pass for one of no weight.
+        p[i] = choose(no_number(s), s, exp(s - relative));
+      }
+      part.total[r] = part.total[r] * before[r] + sum(p[0] + p[1]);
+      for (int i = 0; i < 2; i++) {
+        F32 weight = p[i] * unit[i];
+        if (last[r] < KEYS - 1) weight = choose(more(count + all((int32_t)(i * LANES)), all(last[r])), zero(), weight);
+        store(weights + r * KEYS + i * LANES, weight);
+      }
+      if (before[r] != 1.0f)
+        for (int i = 0; i < value.lanes; i += LANES) {
+          float* at = part.mean + r * value.lanes + i;
+          store(at, load<F32>(at) * before[r]);
+        }
+    }
   }
 };
 

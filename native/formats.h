@@ -69,22 +69,76 @@ struct Int8 : Float32 {
   INLINE void read(const uint8_t* row, int unit, F32* out) const { out[0] = to_f32(widen(load<I8>(row + 16 * unit))); }
 };
 
-// One exponent bit fewer than fp16: shifted into place it is an fp16 number 2^-8 as large.
-struct Fp8E4M3 : Int8 {
-  using Int8::Int8;
-  INLINE void read(const uint8_t* row, int unit, F32* out) const {
-    I16 wide = widen_half_way(load<I8>(row + 16 * unit));
-    out[0] = widen_half((U16)(wide << 7 & (int16_t)0xBFFF));
+// One exponent bit fewer than fp16: shifted into place it is an fp16 number 2^-8 as large. Its only NaN is no longer one then.
+INLINE U16 e4m3_as_half(I8 codes) {
+  I16 half = widen_half_way(codes) << 7 & (int16_t)0xBFFF;
+  return (U16)(half | (same(half & (int16_t)0x3F80, (int16_t)0x3F80) & (int16_t)0x7E00));
+}
+
+// The upper half of an fp16 number.
+INLINE U16 e5m2_as_half(I8 codes) { return (U16)widen_half_way(codes) << 8; }
+
+#if defined(__AVX512VBMI__)
+// The numbers that the seven bits beside the sign stand for, as bf16, which can hold them all: lower bytes, upper bytes.
+template <bool E5M2>
+struct Fp8Bytes {
+  alignas(64) uint8_t of[2][128] = {};
+  constexpr Fp8Bytes() {
+    constexpr int MANTISSA = E5M2 ? 2 : 3, BIAS = 15, ONE = 1 << MANTISSA;  // e4m3 is as small as `e4m3_as_half` makes it
+    for (int code = 0; code < 128; code++) {
+      int exponent = code >> MANTISSA, mantissa = code & (ONE - 1);
+      const bool endless = E5M2 ? exponent == 31 : code == 127;
+      if (exponent == 0 && mantissa != 0) {
+        for (exponent = 1; mantissa < ONE; exponent--) mantissa *= 2;
+        mantissa -= ONE;
+      }
+      int bits = code == 0 ? 0 : (endless ? 255 : exponent - BIAS + 127) << 7 | mantissa << (7 - MANTISSA);
+      of[0][code] = (uint8_t)(bits & 255), of[1][code] = (uint8_t)(bits >> 8);
+    }
   }
 };
 
-// The upper half of an fp16 number.
-struct Fp8E5M2 : Int8 {
-  using Int8::Int8;
+template <bool E5M2>
+struct Fp8 {
+  static constexpr int VECTORS = 4;
+  int dim;
+  __m512i upper[2], lower[2];
+  explicit Fp8(int dim) : dim(dim) {
+    static constexpr Fp8Bytes<E5M2> table;
+    for (int i = 0; i < 2; i++)
+      lower[i] = _mm512_load_si512(table.of[0] + 64 * i), upper[i] = _mm512_load_si512(table.of[1] + 64 * i);
+  }
+  static int bytes(int dim) { return dim; }
+  static int units(int dim) { return up(dim, 64); }
+  static int dim_of(int dim, int unit, int vector, int lane) {
+    int byte = 64 * unit + lane / 4 * 16 + vector / 2 * 8 + lane % 4 * 2 + vector % 2;
+    return byte < dim ? byte : -1;
+  }
   INLINE void read(const uint8_t* row, int unit, F32* out) const {
-    out[0] = widen_half((U16)widen_half_way(load<I8>(row + 16 * unit)) << 8);
+    const uint8_t* at = row + 64 * unit;
+    const int left = dim - 64 * unit;
+    __m512i codes = left >= 64 ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8((1ull << left) - 1, at);
+    __m512i low = _mm512_permutex2var_epi8(lower[0], codes, lower[1]);
+    __m512i high = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xF8);  // high | (codes & sign)
+    __m512i pairs[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      out[2 * i] = (F32)_mm512_slli_epi32(pairs[i], 16);
+      out[2 * i + 1] = (F32)_mm512_and_si512(pairs[i], _mm512_set1_epi32((int)0xFFFF0000));
+    }
   }
 };
+#else
+template <bool E5M2>
+struct Fp8 : Int8 {
+  using Int8::Int8;
+  INLINE void read(const uint8_t* row, int unit, F32* out) const {
+    I8 codes = load<I8>(row + 16 * unit);
+    out[0] = widen_half(E5M2 ? e5m2_as_half(codes) : e4m3_as_half(codes));
+  }
+};
+#endif
 
 // Byte j: dim j in bits 0-3, dim j + dim / 2 in bits 4-7.
 struct Lm4 {
@@ -195,8 +249,8 @@ INLINE auto with_decoder(int code, Then then) {
   switch (code) {
     case PLAIN32: return then(Type<Float32>());
     case PLAIN16: return then(Type<BFloat16>());
-    case E4M3: case ROW_E4M3: return then(Type<Fp8E4M3>());
-    case E5M2: return then(Type<Fp8E5M2>());
+    case E4M3: case ROW_E4M3: return then(Type<Fp8<false>>());
+    case E5M2: return then(Type<Fp8<true>>());
     case INT8: return then(Type<Int8>());
     case LM4: return then(Type<Lm4>());
     case LM3: return then(Type<Lm3>());

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "rows.h"
+#include "stored.h"
 
 namespace ISA {
 namespace {
@@ -43,23 +44,29 @@ INLINE int query_floats(int dim) { return DIGITS * padded(dim) / 4 + LANES; }
 inline void write_query(const float* x, int dim, float* to) {
   int8_t* digits = (int8_t*)to;
   const int stride = padded(dim);
-  float most = 0, nothing = 0;
-  for (int i = 0; i < dim; i++) most = std::max(most, fabsf(x[i])), nothing += x[i] * 0;
-  double unit = most / (double)LARGEST_KEY_DIGITS;
-  int32_t offset[DIGITS] = {};
+  F32 nothing = zero();
+  for (int i = 0; i < dim; i += LANES) nothing += load<F32>(x + i) * 0.0f;
+  const double unit = absolute_maximum(x, dim) / (double)LARGEST_KEY_DIGITS;
+  const float spoiled = sum(nothing);  // NaN where a number is none
+  I32 offset[DIGITS] = {};
   memset(digits, 0, DIGITS * stride);
-  for (int i = 0; i < dim && unit > 0 && nothing == 0; i++) {
-    int32_t n = (int32_t)lrint(x[i] / unit);
+  for (int i = 0; i < dim && unit > 0 && spoiled == 0; i += LANES) {
+    __m256i n[2];
+    for (int half = 0; half < 2; half++)
+      n[half] = _mm512_cvtpd_epi32(_mm512_cvtps_pd(_mm256_loadu_ps(x + i + 8 * half)) / _mm512_set1_pd(unit));
+    I32 left = (I32)_mm512_inserti64x4(_mm512_castsi256_si512(n[0]), n[1], 1);
     for (int d = 0; d < DIGITS; d++) {
-      int8_t digit = (int8_t)(n & 255);
-      digits[d * stride + i] = digit;
-      offset[d] -= 128 * digit;
-      n = (n - digit) / 256;
+      I32 digit = left << 24 >> 24;
+      _mm_storeu_si128((__m128i*)(digits + d * stride + i), _mm512_cvtepi32_epi8((__m512i)digit));
+      offset[d] -= digit << 7;
+      left = (left - digit) >> 8;
     }
   }
-  float held = (float)unit + nothing;  // NaN where a number is
-  memcpy(digits + DIGITS * stride, offset, sizeof offset);
-  memcpy(digits + DIGITS * stride + sizeof offset, &held, sizeof held);
+  int32_t offsets[DIGITS];
+  for (int d = 0; d < DIGITS; d++) offsets[d] = _mm512_reduce_add_epi32((__m512i)offset[d]);
+  const float held = (float)unit + spoiled;
+  memcpy(digits + DIGITS * stride, offsets, sizeof offsets);
+  memcpy(digits + DIGITS * stride + sizeof offsets, &held, sizeof held);
 }
 
 INLINE F32 from_digits(const I32* d, int stride) {
@@ -158,20 +165,23 @@ INLINE void lay_keys(const Bytes& rows, int bytes, uint8_t* to) {
     }
 }
 
+// 64 bytes each of four tokens; lanes of 16 dims, the `part`th sixteen of them.
+INLINE __m512i four_tokens(const __m512i* r, int part) {
+  __m512i first = part < 2 ? _mm512_unpacklo_epi8(r[0], r[1]) : _mm512_unpackhi_epi8(r[0], r[1]);
+  __m512i second = part < 2 ? _mm512_unpacklo_epi8(r[2], r[3]) : _mm512_unpackhi_epi8(r[2], r[3]);
+  return part % 2 == 0 ? _mm512_unpacklo_epi16(first, second) : _mm512_unpackhi_epi16(first, second);
+}
+
 // [fours of tokens][padded bytes][4]: values as lanes of dims.
 INLINE void lay_values(const Bytes& rows, int bytes, uint8_t* to) {
   for (int t = 0; t < KEYS; t += 4)
-    for (int i = 0; i < bytes; i += 64, to += 256) {
+    for (int i = 0; i < bytes; i += 64) {
       __mmask64 held = until(bytes - i);
       __m512i r[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) r[j] = _mm512_maskz_loadu_epi8(held, rows.at + (t + j) * rows.stride + i);
-      __m512i low[2] = {_mm512_unpacklo_epi8(r[0], r[1]), _mm512_unpacklo_epi8(r[2], r[3])};
-      __m512i high[2] = {_mm512_unpackhi_epi8(r[0], r[1]), _mm512_unpackhi_epi8(r[2], r[3])};
-      _mm512_store_si512(to, _mm512_unpacklo_epi16(low[0], low[1]));
-      _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(low[0], low[1]));
-      _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(high[0], high[1]));
-      _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(high[0], high[1]));
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++, to += 64) _mm512_store_si512(to, four_tokens(r, part));
     }
 }
 
@@ -234,40 +244,77 @@ INLINE void write_weights(const float* weights, uint8_t* to) {
   memcpy(to + DIGITS * KEYS, &unit, sizeof unit);
 }
 
-// The steps of `weigh_integers`.
-INLINE int weigh_steps(int rows, int lanes) { return lanes / ((rows == 4 ? 2 : 4) * LANES) * (KEYS / 4); }
+constexpr int weigh_vectors(int rows) { return rows == 4 ? 2 : 4; }  // sums of the others leave room for more
 
-// mean[r] += weights[r] * the values that `lay_values` laid out, for ROWS rows and VECTORS vectors of lanes at a time.
+// How often the functions below fetch something for so many rows.
+INLINE int weigh_steps(int rows, int lanes) { return lanes / (weigh_vectors(rows) * LANES) * (KEYS / 4); }
+
+// mean[r] += weights[r] * values, for ROWS rows and vectors of lanes from `mean` on. `values(t, v)` lays out four tokens.
+template <int PLANES, int ROWS, class Values>
+INLINE void weigh_vectors_of(Values values_of, const uint8_t* weights, float* mean, int lanes, const uint8_t*& next, int ahead) {
+  constexpr int VECTORS = weigh_vectors(ROWS);
+  I32 part[ROWS][DIGITS][VECTORS] = {};
+  for (int t = 0; t < KEYS; t += 4, next += ahead) {
+    fetch(next, ahead);
+    __m512i laid[VECTORS / PLANES], values[VECTORS];
+    values_of(t, laid);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v += PLANES) numbers_of<PLANES, false>(laid[v / PLANES], values + v);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+      for (int d = 0; d < DIGITS; d++) {
+        __m512i digits = four(weights + r * WEIGHT_BYTES + d * KEYS + t);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) part[r][d][v] = dot(part[r][d][v], digits, values[v]);
+      }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    F32 unit = all(load<float>(weights + r * WEIGHT_BYTES + DIGITS * KEYS));
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+      float* to = mean + r * lanes + v * LANES;
+      store(to, fma(from_digits(&part[r][0][v], VECTORS), unit, load<F32>(to)));
+    }
+  }
+}
+
+// Of the values that `lay_values` laid out.
 template <int PLANES, int ROWS>
-void weigh_integers(const uint8_t* laid, int lanes, const uint8_t* weights, float* mean, const uint8_t* next,
-                    int ahead) {
-  constexpr int VECTORS = ROWS == 4 ? 2 : 4;
+void weigh_integers(const uint8_t* laid, int lanes, const uint8_t* weights, float* mean, const uint8_t* next, int ahead) {
+  constexpr int VECTORS = weigh_vectors(ROWS);
   for (int at = 0; at < lanes; at += VECTORS * LANES) {
-    I32 part[ROWS][DIGITS][VECTORS] = {};
-    for (int t = 0; t < KEYS; t += 4, next += ahead) {
-      fetch(next, ahead);
-      __m512i values[VECTORS];
+    auto values = [=](int t, __m512i* to) INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v += PLANES)
-        numbers_of<PLANES, false>(_mm512_load_si512(laid + (t * lanes + 4 * (at + v * LANES)) / PLANES), values + v);
+        to[v / PLANES] = _mm512_load_si512(laid + (t * lanes + 4 * (at + v * LANES)) / PLANES);
+    };
+    weigh_vectors_of<PLANES, ROWS>(values, weights, mean + at, lanes, next, ahead);
+  }
+}
+
+// Of rows as they are stored: where a block is used once, it is not worth writing down.
+template <int PLANES, int ROWS>
+void weigh_rows(const Bytes& rows, int bytes, int lanes, const uint8_t* weights, float* mean, const uint8_t* next, int ahead) {
+  constexpr int HELD = weigh_vectors(ROWS) / PLANES;
+  for (int i = 0; i < bytes; i += 64) {
+    const __mmask64 held = until(bytes - i);
+    auto part = [&](auto first) INLINE_LAMBDA {
+      auto values = [&](int t, __m512i* to) INLINE_LAMBDA {
+        __m512i r[4];
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
-        for (int d = 0; d < DIGITS; d++) {
-          __m512i digits = four(weights + r * WEIGHT_BYTES + d * KEYS + t);
+        for (int j = 0; j < 4; j++) r[j] = _mm512_maskz_loadu_epi8(held, rows.at + (t + j) * rows.stride + i);
 #pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; v++) part[r][d][v] = dot(part[r][d][v], digits, values[v]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-      F32 unit = all(load<float>(weights + r * WEIGHT_BYTES + DIGITS * KEYS));
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) {
-        float* to = mean + r * lanes + at + v * LANES;
-        store(to, fma(from_digits(&part[r][0][v], VECTORS), unit, load<F32>(to)));
-      }
-    }
+        for (int v = 0; v < HELD; v++) to[v] = four_tokens(r, first + v);
+      };
+      weigh_vectors_of<PLANES, ROWS>(values, weights, mean, lanes, next, ahead);
+      mean += HELD * PLANES * LANES;
+    };
+    part(std::integral_constant<int, 0>());
+    if constexpr (HELD < 2) part(std::integral_constant<int, 1>());
+    if constexpr (HELD < 4) part(std::integral_constant<int, 2>());
+    if constexpr (HELD < 2) part(std::integral_constant<int, 3>());
   }
 }
 

@@ -24,10 +24,11 @@ INLINE uint8_t* head_in_page(const Stored& s, int64_t page, int64_t head) {
   return s.data + page * s.page_bytes + head * s.head_bytes;
 }
 
+// Of n numbers, a multiple of sixteen; what is no number counts as zero.
 INLINE float absolute_maximum(const float* x, int n) {
-  float most = 0;
-  for (int i = 0; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-  return most;
+  F32 most = zero();
+  for (int i = 0; i < n; i += LANES) most = max((F32)((I32)load<F32>(x + i) & all((int32_t)0x7fffffff)), most);
+  return largest(most);
 }
 
 // Rounds to multiples of 2^-42 of the largest magnitude or finer, whose sums are exact: see on_grid in formats/planes.py.
@@ -36,7 +37,18 @@ INLINE double on_grid(double x, double shift) { return (x + shift) - shift; }
 
 // Sylvester's matrix of the order `width` times each of `count` consecutive vectors, in place.
 INLINE void sylvester(double* x, int count, int width) {
-  for (int half = 1; half < width; half *= 2)
+  int half = 1;
+  if (width >= 8) {
+    // Three rounds at once, without a loop of one to four numbers.
+    for (double* at = x; at < x + count * width; at += 8) {
+      double a[8], b[8];
+      for (int i = 0; i < 8; i += 2) a[i] = at[i] + at[i + 1], a[i + 1] = at[i] - at[i + 1];
+      for (int i = 0; i < 8; i++) b[i] = i & 2 ? a[i - 2] - a[i] : a[i] + a[i + 2];
+      for (int i = 0; i < 4; i++) at[i] = b[i] + b[i + 4], at[i + 4] = b[i] - b[i + 4];
+    }
+    half = 8;
+  }
+  for (; half < width; half *= 2)
     for (int i = 0; i < count * width; i += 2 * half)
       for (int j = i; j < i + half; j++) {
         double a = x[j], b = x[j + half];

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
+from truekv.engine.candidates import at_least, best, largest, nucleus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from truekv.core.options import SamplingParams
     from truekv.engine.constrain import Constraint
-
-# Nuclei rarely need more candidates; a full sort of 150,000 logits costs ten times as much.
-_USUAL_NUCLEUS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ class Sampler:
         The logits stay as they are. Raises ConstraintFailed where the grammar cannot go on.
         """
         adjusted_V = self._adjust(logits_V)
-        token = int(adjusted_V.argmax()) if self._greedy else self._draw(adjusted_V)
+        token = largest(adjusted_V) if self._greedy else self._draw(adjusted_V)
         self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
@@ -112,29 +110,32 @@ class Sampler:
 
     def _candidates(self, logits_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (weights in proportion to the probabilities, tokens) after temperature and filters."""
-        # The largest logit is taken off first: a tiny temperature then gives -inf and 0, never inf - inf.
-        scaled_V = (logits_V.double() - logits_V.max()) / self.params.temperature
+        top = logits_V.max()
+        if self.params.top_k:
+            values_K, tokens_K = best(logits_V, self.params.top_k)
+            scaled_K = self._scaled(values_K, top)
+            if self.params.min_p:
+                scaled_K = scaled_K.masked_fill(scaled_K < math.log(self.params.min_p), -math.inf)
+            return self._nucleus(torch.softmax(scaled_K, dim=0), tokens_K)
         if self.params.min_p:
             # The best one stands at 0, so this compares probabilities with that of the best.
-            scaled_V = scaled_V.masked_fill(scaled_V < math.log(self.params.min_p), -math.inf)
-        if self.params.top_k:
-            best = scaled_V.topk(min(self.params.top_k, len(scaled_V)))
-            return self._nucleus(torch.softmax(best.values, dim=0), best.indices)
-        weights_V = torch.softmax(scaled_V, dim=0)
-        if self.params.top_p == 1:
-            return weights_V, torch.arange(len(weights_V))
-        best = weights_V.topk(min(_USUAL_NUCLEUS, len(weights_V)))
-        if float(best.values.sum()) < self.params.top_p:
-            best = weights_V.sort(descending=True, stable=True)
-        return self._nucleus(best[0], best[1])
+            scaled_V = self._scaled(logits_V, top)
+            tokens_K = at_least(scaled_V, math.log(self.params.min_p))
+            return self._nucleus(torch.softmax(scaled_V[tokens_K], dim=0), tokens_K)
+        weights_V = torch.softmax(self._scaled(logits_V, top), dim=0)
+        return self._nucleus(weights_V, torch.arange(len(weights_V)))
+
+    def _scaled(self, logits_K: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        """Return float64 logits over the temperature."""
+        # The largest logit is taken off first: a tiny temperature then gives -inf and 0, never inf - inf.
+        return (logits_K.double() - top) / self.params.temperature
 
     def _nucleus(self, weights_K: torch.Tensor, tokens_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Apply top-p to candidates, best first."""
+        """Apply top-p to candidates."""
         if self.params.top_p == 1:
             return weights_K, tokens_K
-        # A candidate stays while the mass before it is below top_p, so the best one always does.
-        kept_K = (weights_K.cumsum(0) - weights_K) < self.params.top_p
-        return weights_K[kept_K], tokens_K[kept_K]
+        weights_K, places_K = nucleus(weights_K, self.params.top_p)
+        return weights_K, tokens_K[places_K]
 
 
 class Penalties:

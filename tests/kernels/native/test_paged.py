@@ -222,7 +222,7 @@ def test_a_query_of_no_number_spoils_its_own_row_only(name: str) -> None:
 
 @every_isa
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "kv4", "kv3", "q5_1"])
+@pytest.mark.parametrize("name", ["f32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "kv4", "kv3", "q5_1"])
 def test_a_stored_row_of_no_number_spoils_its_sequence_and_nobody_else(name: str, which: int) -> None:
     cache = fill(gqa(2, 64), formats(name, name), [70, 40])
     step = cache.step([3, 1])
