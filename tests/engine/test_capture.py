@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -78,6 +81,17 @@ def test_operations_write_straight_to_their_buffers_where_they_can() -> None:
     captured = Captured(forward, step(0, [1, 9]))
     for base, tokens in ((7, [4, 9]), (1, [30, 2]), (20, [3, 50])):
         assert torch.equal(captured(step(base, tokens)), forward(step(base, tokens)))
+
+
+def test_recording_imports_no_compiler() -> None:
+    program = """
+        import sys
+        import torch
+        from truekv.engine.recording import Recording
+        assert Recording(lambda: torch.ones(3) + 1).replay().tolist() == [2.0, 2.0, 2.0]
+        assert not {"torch._dynamo", "sympy"} & sys.modules.keys(), "which take 100 MiB"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
 
 def test_a_length_read_by_the_host_is_baked() -> None:

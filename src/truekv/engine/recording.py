@@ -140,6 +140,11 @@ class _Witness:
         seen = self._seen
 
         class Mode(TorchDispatchMode):
+            @classmethod
+            def _should_skip_dynamo(cls) -> bool:
+                # There is none to skip, and saying so would import its 100 MiB.
+                return False
+
             def __torch_dispatch__(  # torch's own interface, hence the names and the lack of types
                 self,
                 func: Any,  # noqa: ANN401
