@@ -70,7 +70,7 @@ class Served:
         def opened(_request: object) -> Sequence:
             return filled.pop()
 
-        # As after a hit in the prefix cache: all but the last token of a prompt are there, and their pages are not free.
+        # As after a hit in the prefix cache: all but the last token of a prompt are there, in pages of their own.
         with mock.patch.multiple(memory, open=opened, new_pages=lambda _request: 1):
             for request in range(sequences):
                 self._add(some_prompt(request, depth + 1), answer + 1)
