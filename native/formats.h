@@ -69,22 +69,13 @@ struct Int8 : Float32 {
   INLINE void read(const uint8_t* row, int unit, F32* out) const { out[0] = to_f32(widen(load<I8>(row + 16 * unit))); }
 };
 
-// One exponent bit fewer than fp16: shifted into place it is an fp16 number 2^-8 as large. Its only NaN is no longer one then.
-INLINE U16 e4m3_as_half(I8 codes) {
-  I16 half = widen_half_way(codes) << 7 & (int16_t)0xBFFF;
-  return (U16)(half | (same(half & (int16_t)0x3F80, (int16_t)0x3F80) & (int16_t)0x7E00));
-}
-
-// The upper half of an fp16 number.
-INLINE U16 e5m2_as_half(I8 codes) { return (U16)widen_half_way(codes) << 8; }
-
 #if defined(__AVX512VBMI__)
 // The numbers that the seven bits beside the sign stand for, as bf16, which can hold them all: lower bytes, upper bytes.
 template <bool E5M2>
 struct Fp8Bytes {
   alignas(64) uint8_t of[2][128] = {};
   constexpr Fp8Bytes() {
-    constexpr int MANTISSA = E5M2 ? 2 : 3, BIAS = 15, ONE = 1 << MANTISSA;  // e4m3 is as small as `e4m3_as_half` makes it
+    constexpr int MANTISSA = E5M2 ? 2 : 3, BIAS = 15, ONE = 1 << MANTISSA;  // e4m3 is 2^-8 as large as elsewhere: see `Shape`
     for (int code = 0; code < 128; code++) {
       int exponent = code >> MANTISSA, mantissa = code & (ONE - 1);
       const bool endless = E5M2 ? exponent == 31 : code == 127;
@@ -134,8 +125,15 @@ template <bool E5M2>
 struct Fp8 : Int8 {
   using Int8::Int8;
   INLINE void read(const uint8_t* row, int unit, F32* out) const {
-    I8 codes = load<I8>(row + 16 * unit);
-    out[0] = widen_half(E5M2 ? e5m2_as_half(codes) : e4m3_as_half(codes));
+    const U16 wide = (U16)widen_half_way(load<I8>(row + 16 * unit));
+    if (E5M2) {
+      out[0] = widen_half(wide << 8);  // the upper half of an fp16 number
+    } else {
+      // One exponent bit fewer than fp16: shifted into place it is an fp16 number 2^-8 as large. The code of NaN would
+      // be one of them; a row that is no number has no other code, so one of sixteen tells.
+      out[0] = widen_half(wide << 7 & (uint16_t)0xBFFF);
+      if (__builtin_expect(row[16 * unit] == 0xFF, 0)) out[0] = all(NAN);
+    }
   }
 };
 #endif

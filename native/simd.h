@@ -51,7 +51,6 @@ INLINE float fma(float a, float b, float c) {
 INLINE I32 more(F32 a, F32 b) { return (I32)(a > b); }
 INLINE I32 more(I32 a, I32 b) { return (I32)(a > b); }
 INLINE I32 same(I32 a, I32 b) { return (I32)(a == b); }
-INLINE I16 same(I16 a, int16_t b) { return a == (I16){} + b; }
 INLINE I32 is_nan(F32 a) { return (I32)(a != a); }
 #else
 template <class T>
@@ -60,9 +59,6 @@ INLINE I32 more(Lanes<T> a, Lanes<T> b) {
 }
 INLINE I32 same(I32 a, I32 b) {
   return by_register<I32>([](auto x, auto y) INLINE_LAMBDA { return (I32::Register)(x == y); }, a, b);
-}
-INLINE I16 same(I16 a, int16_t b) {
-  return by_register<I16>([b](auto x) INLINE_LAMBDA { return (I16::Register)(x == b); }, a);
 }
 INLINE I32 is_nan(F32 a) {
   return by_register<I32>([](auto x) INLINE_LAMBDA { return (I32::Register)(x != x); }, a);
