@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Triton decides when it is imported whether its kernels run in the interpreter, and one process runs many files:
+# here they all do, on the CPU. Only make gpu, which says 0, compiles them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests that name no number of their own scale with it: fifty times the default.
 settings.register_profile("campaign", max_examples=50 * settings.default.max_examples, deadline=None)
