@@ -1,4 +1,4 @@
-"""The tokens of a step in one order for the recurrent rules: convolved, with their gates, and what memory keeps of them.
+"""The tokens of a step in one order for the recurrent rules: convolved, with their gates, and what memory keeps."""
 
 Legend: B rows, T new tokens, Q longest chunk, R log capacity (drafts of one step), C convolved channels, K taps, H
 heads, N numbers per token and head beside the channels.
@@ -99,11 +99,7 @@ def lay_out(
 @triton.jit
 def laid_at(gather, place, old, replayed):
     """Where the token at one place lies in what was laid out; `gather` and `replayed` are those of its row."""
-    if place < old:
-        at = replayed + place
-    else:
-        at = tl.load(gather + (place - old))
-    return at
+    return tl.load(gather + tl.maximum(place - old, 0)) if place >= old else replayed + place
 
 
 @triton.jit
