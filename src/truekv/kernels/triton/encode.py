@@ -323,13 +323,14 @@ def _signed(x_RBI, place_I, HALF: tl.constexpr):
 @triton.jit
 def _affine(x_RBI, place_I, TOP: tl.constexpr):
     """Equal steps from the block's minimum to its maximum."""
-    low_RB = tl.min(x_RBI, 2)
     # Of -0 and +0 the later one counts.
     zero_RBI = x_RBI == 0
     last_RB1 = tl.expand_dims(tl.max(tl.where(zero_RBI, place_I[None, None, :], -1), 2), 2)
     bits_RBI = tl.where(place_I[None, None, :] == last_RB1, x_RBI.to(tl.int32, bitcast=True), 0)
-    low_RB = tl.where(low_RB == 0, tl.sum(bits_RBI, 2).to(tl.float32, bitcast=True), low_RB)
-    scale_RB = tl.div_rn(tl.max(x_RBI, 2) - low_RB, 1.0 * TOP)
+    zero_RB = tl.sum(bits_RBI, 2).to(tl.float32, bitcast=True)
+    low_RB, high_RB = tl.min(x_RBI, 2), tl.max(x_RBI, 2)
+    low_RB, high_RB = tl.where(low_RB == 0, zero_RB, low_RB), tl.where(high_RB == 0, zero_RB, high_RB)
+    scale_RB = tl.div_rn(high_RB - low_RB, 1.0 * TOP)
     value_RBI = (x_RBI - low_RB[:, :, None]) * _inverse(scale_RB)[:, :, None] + 0.5
     return scale_RB, low_RB, _truncated(value_RBI, 1.0 * TOP)
 
