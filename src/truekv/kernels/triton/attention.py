@@ -96,30 +96,33 @@ def attend_kernel(
         second += head * ROW2.head_bytes
     if ROW_V is not None:
         value += head * ROW_V.head_bytes
-        average_MC = tl.zeros([BLOCK_M, ROW_V.columns], tl.float32)
-    else:
-        average_MC = tl.zeros([BLOCK_M, ROW.columns], tl.float32)
+    AVERAGED: tl.constexpr = ROW if ROW_V is None else ROW_V
+    COLUMNS: tl.constexpr = AVERAGED.columns
+    average_MC = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     largest_M = tl.full([BLOCK_M], LOWEST, tl.float32)
     total_M = tl.zeros([BLOCK_M], tl.float32)
-    end = start + new
+    # A query row of nobody sees what the last one sees, and is not written.
+    end = tl.minimum(start + new, high)
+    last_M = tl.minimum(position_M, end - 1)
     table = pages + row * width
 
     for block in range(low, high, BLOCK_N):
         key_N = block + tl.arange(0, BLOCK_N)
-        written_N = key_N < tl.minimum(end, high)
+        written_N = key_N < end
         page_N = tl.load(table + key_N // PAGE_TOKENS, mask=written_N, other=0)
         line_N = key_N % PAGE_TOKENS
         k_NC, scale_N = read_rows(first, page_N, line_N, written_N, first_page_bytes, ROW, OPERAND, ARCH)
-        score_MN = tl.dot(q_MC, tl.trans(k_NC), input_precision="ieee") * factor_M[:, None]
+        score_MN = tl.dot(q_MC, tl.trans(k_NC), input_precision="ieee")
         if ROW.factored:
             score_MN *= scale_N[None, :]
+        score_MN *= factor_M[:, None]
         if ROW2 is not None:
             k2_NC, scale2_N = read_rows(second, page_N, line_N, written_N, second_page_bytes, ROW2, OPERAND2, ARCH)
             score2_MN = tl.dot(q2_MC, tl.trans(k2_NC), input_precision="ieee") * factor2_M[:, None]
             if ROW2.factored:
                 score2_MN *= scale2_N[None, :]
             score_MN += score2_MN
-        seen_MN = (key_N[None, :] <= position_M[:, None]) & written_N[None, :]
+        seen_MN = key_N[None, :] <= last_M[:, None]
         if WINDOWED:
             seen_MN &= key_N[None, :] > position_M[:, None] - window
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
@@ -133,7 +136,7 @@ def attend_kernel(
             v_NC, scale_N = read_rows(value, page_N, line_N, written_N, value_page_bytes, ROW_V, OPERAND_V, ARCH)
         else:
             v_NC = k_NC
-        if (ROW.factored if ROW_V is None else ROW_V.factored):
+        if AVERAGED.factored:
             # In units of the block's largest scale, so that no product of a weight and a scale is lost in fp16.
             unit = tl.max(tl.abs(scale_N), 0)
             unit = tl.where(unit > 0, unit, 1.0)
@@ -147,9 +150,9 @@ def attend_kernel(
             )
 
     place_of_M = span * tokens * (HEADS * GROUP) + query_M
-    columns_C = tl.arange(0, average_MC.shape[1])
+    columns_C = tl.arange(0, COLUMNS)
     tl.store(
-        average + place_of_M[:, None] * average_MC.shape[1] + columns_C[None, :], average_MC, mask=asked_M[:, None]
+        average + place_of_M[:, None] * COLUMNS + columns_C[None, :], average_MC, mask=asked_M[:, None]
     )
     tl.store(largest + place_of_M, largest_M, mask=asked_M)
     tl.store(total + place_of_M, total_M, mask=asked_M)

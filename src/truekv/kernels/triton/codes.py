@@ -70,25 +70,42 @@ def _held(valid_N, place_J, ROW: tl.constexpr):
 @triton.jit
 def _whole_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     """Rows of one number after the other."""
+    ALIGNMENT: tl.constexpr = ROW.alignment
     column_C = tl.arange(0, ROW.columns)
     if ROW.code == "f32":
-        wide_N = tl.multiple_of(row_N, [ROW.alignment]).to(tl.pointer_type(tl.float32))
+        wide_N = tl.multiple_of(row_N, [ALIGNMENT]).to(tl.pointer_type(tl.float32))
         values_NC = tl.load(wide_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0.0)
         return values_NC.to(OPERAND)
     if ROW.code == "bf16":
-        aligned_N = tl.multiple_of(row_N, [ROW.alignment])
+        aligned_N = tl.multiple_of(row_N, [ALIGNMENT])
         if OPERAND == tl.bfloat16:
             wide_N = aligned_N.to(tl.pointer_type(tl.bfloat16))
             return tl.load(wide_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0.0)
         half_N = aligned_N.to(tl.pointer_type(tl.uint16))
         bits_NC = tl.load(half_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0)
         return (bits_NC.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(OPERAND)
-    codes_NC = _bytes(row_N, valid_N, column_C, ROW, ROW.alignment)
+    codes_NC = _bytes(row_N, valid_N, column_C, ROW, ALIGNMENT)
     if ROW.code == "int8":
-        return _signed(codes_NC, OPERAND)
+        return _signed(codes_NC, OPERAND, ARCH)
     if ROW.code == "fp8_e5m2":
-        return (codes_NC.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(OPERAND)
+        return _e5m2(codes_NC, OPERAND, ARCH)
     return _e4m3(codes_NC, OPERAND, ARCH)
+
+
+@triton.jit
+def _e5m2(codes, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    """The upper byte of an fp16 number."""
+    if ARCH > 0:
+        halves = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+        return halves.to(OPERAND)
+    return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(OPERAND)
 
 
 @triton.jit
@@ -103,10 +120,19 @@ def _e4m3(codes, OPERAND: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
-def _signed(codes, OPERAND: tl.constexpr):
+def _signed(codes, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     """Two's complement bytes: 1024 + 128 + n in fp16, without a conversion."""
-    if OPERAND == tl.float16:
-        return ((codes ^ 0x80).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    if ARCH > 0 and OPERAND == tl.float16:
+        shifted = tl.inline_asm_elementwise(
+            "{ .reg .b32 x; xor.b32 x, $2, 0x80808080;"
+            " prmt.b32 $0, x, 0x64646464, 0x4140; prmt.b32 $1, x, 0x64646464, 0x4342; }",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+        return shifted - 1152.0
     return codes.to(tl.int8, bitcast=True).to(OPERAND)
 
 
@@ -121,7 +147,7 @@ def _integers(codes, OFFSET: tl.constexpr, OPERAND: tl.constexpr):
 @triton.jit
 def _levels(codes, ROW: tl.constexpr, OPERAND: tl.constexpr):
     """Level of each code, as a sum of the steps that lie below it."""
-    level = tl.full(codes.shape, ROW.levels[0], tl.int32)
+    level = tl.zeros(codes.shape, tl.int32) + ROW.levels[0]
     for code in tl.static_range(1, len(ROW.levels)):
         level += tl.where(codes >= code, ROW.levels[code] - ROW.levels[code - 1], 0)
     return level.to(OPERAND)
@@ -139,26 +165,64 @@ def _pairs(codes, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def _flat(parts_NJP):
+    """The parts of each place as columns side by side."""
+    return tl.reshape(parts_NJP, [parts_NJP.shape[0], parts_NJP.shape[1] * parts_NJP.shape[2]])
+
+
+@triton.jit
 def _kv4_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     place_J = tl.arange(0, ROW.columns // 2)
     codes_NJ = _bytes(row_N, valid_N, place_J, ROW, ROW.alignment)
     low_NJ, high_NJ = _pairs(codes_NJ, ROW, OPERAND, ARCH)
-    return tl.reshape(tl.join(low_NJ, high_NJ), [codes_NJ.shape[0], ROW.columns])
+    return _flat(tl.join(low_NJ, high_NJ))
 
 
 @triton.jit
 def _kv3_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     EIGHTH: tl.constexpr = ROW.dim // 8
-    place_J = tl.arange(0, ROW.columns // 4)
-    two_NJ = _bytes(row_N, valid_N, place_J, ROW, ROW.alignment)
-    one_NJ = _bytes(row_N + 2 * EIGHTH, valid_N, place_J % EIGHTH, ROW, 2) >> (place_J >= EIGHTH).to(tl.uint8)[None, :]
-    # Part p has bits 2p, 2p + 1 of the first byte and bit 2p of the second: two codes side by side in each byte.
-    first_NJ = (two_NJ & 3) | ((one_NJ & 1) << 2) | ((two_NJ & 12) << 2) | ((one_NJ & 4) << 4)
-    second_NJ = ((two_NJ >> 4) & 3) | ((one_NJ >> 2) & 4) | ((two_NJ >> 2) & 48) | (one_NJ & 64)
-    zero_NJ, one_NJ = _pairs(first_NJ, ROW, OPERAND, ARCH)
-    two_NJ, three_NJ = _pairs(second_NJ, ROW, OPERAND, ARCH)
-    joined = tl.join(tl.join(zero_NJ, two_NJ), tl.join(one_NJ, three_NJ))
-    return tl.reshape(joined, [zero_NJ.shape[0], ROW.columns])
+    ALIGNMENT: tl.constexpr = ROW.eighth_alignment
+    place_J = tl.arange(0, ROW.columns // 8)
+    even_NJ = _bytes(row_N, valid_N, place_J, ROW, ALIGNMENT)
+    odd_NJ = _bytes(row_N + EIGHTH, valid_N, place_J, ROW, ALIGNMENT)
+    high_NJ = _bytes(row_N + 2 * EIGHTH, valid_N, place_J, ROW, ALIGNMENT)
+    if ARCH > 0 and OPERAND == tl.float16:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            ROW.look_up,
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [even_NJ, odd_NJ, high_NJ],
+            dtype=(
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+            ),
+            is_pure=True,
+            pack=4,
+        )
+        return _flat(_eight(a, b, c, d, e, f, g, h)) - 1152.0
+    codes_NJP = _eight(
+        (even_NJ & 3) | ((high_NJ & 1) << 2),
+        (odd_NJ & 3) | (((high_NJ >> 1) & 1) << 2),
+        ((even_NJ >> 2) & 3) | (((high_NJ >> 2) & 1) << 2),
+        ((odd_NJ >> 2) & 3) | (((high_NJ >> 3) & 1) << 2),
+        ((even_NJ >> 4) & 3) | (((high_NJ >> 4) & 1) << 2),
+        ((odd_NJ >> 4) & 3) | (((high_NJ >> 5) & 1) << 2),
+        (even_NJ >> 6) | (((high_NJ >> 6) & 1) << 2),
+        (odd_NJ >> 6) | ((high_NJ >> 7) << 2),
+    )
+    return _levels(_flat(codes_NJP), ROW, OPERAND)
+
+
+@triton.jit
+def _eight(a, b, c, d, e, f, g, h):
+    """Eight parts [N, J] as [N, J, 8], in their order."""
+    parts = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(parts, [a.shape[0], a.shape[1], 8])
 
 
 @triton.jit
@@ -186,7 +250,18 @@ def _block_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: 
         block_NJ + (ROW.block_bytes - WIDTH) + place_J[None, :] % WIDTH, mask=held_NJ, other=0
     )
     if ROW.code == "q8_0":
-        return _signed(codes_NJ, OPERAND) * scale_NJ, factor_N
+        values_NC = _signed(codes_NJ, OPERAND, ARCH) * scale_NJ
+    else:
+        low_NJ, high_NJ = _block_codes(codes_NJ, block_NJ, place_J, held_NJ, ROW, OPERAND, ARCH)
+        values_NC = _flat(tl.join(low_NJ * scale_NJ + least_NJ, high_NJ * scale_NJ + least_NJ))
+    return values_NC, factor_N
+
+
+@triton.jit
+def _block_codes(
+    codes_NJ, block_NJ, place_J, held_NJ, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr
+):
+    """Codes of the low and of the high four bits of every byte, with the fifth bits that stand before them."""
     if ROW.code == "iq4_nl":
         low_NJ, high_NJ = _pairs(codes_NJ, ROW, OPERAND, ARCH)
     else:
@@ -199,5 +274,4 @@ def _block_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: 
             high_NJ |= ((tl.load(at_NJ + 2, mask=held_NJ, other=0) >> shift_NJ) & 1) << 4
         OFFSET: tl.constexpr = 0 if ROW.header_bytes == 4 else 8 if ROW.block_bytes == 18 else 16
         low_NJ, high_NJ = _integers(low_NJ, OFFSET, OPERAND), _integers(high_NJ, OFFSET, OPERAND)
-    low_NJ, high_NJ = low_NJ * scale_NJ + least_NJ, high_NJ * scale_NJ + least_NJ
-    return tl.reshape(tl.join(low_NJ, high_NJ), [codes_NJ.shape[0], ROW.columns]), factor_N
+    return low_NJ, high_NJ

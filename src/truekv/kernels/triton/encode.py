@@ -103,7 +103,7 @@ def _rotated(rows, centre, scale, rotation, start_R, head_R, kept_R, ROW: tl.con
         # A row that is not finite must not lose that in a maximum.
         largest_R = tl.maximum(largest_R, tl.max(tl.where(tl.abs(x_RD) < float("inf"), tl.abs(x_RD), float("inf")), 1))
     shift_R = largest_R.to(tl.float64) * 4096.0
-    sum_RC = tl.zeros([kept_R.shape[0], ROW.columns], tl.float64)
+    sum_RC = tl.zeros([kept_R.shape[0], column_C.shape[0]], tl.float64)
     for dim in range(0, ROW.dim, WIDTH):
         dim_D = dim + tl.arange(0, WIDTH)
         x_RD = _framed(rows, centre, scale, start_R, head_R, kept_R, dim_D, dim_D < ROW.dim, ROW)
@@ -189,7 +189,7 @@ def _lloyd_max(x_RC, ROW: tl.constexpr):
     inverse_R = tl.div_rn(tl.full(norm_R.shape, 1.0, tl.float32), tl.maximum(norm_R, 1.0))
     value_RC = unit_RC * (inverse_R * tl.full(norm_R.shape, ROW.gain, tl.float32))[:, None]
     code_RC = tl.zeros(x_RC.shape, tl.int32)
-    level_RC = tl.full(x_RC.shape, ROW.levels[0], tl.int32)
+    level_RC = tl.zeros(x_RC.shape, tl.int32) + ROW.levels[0]
     for code in tl.static_range(1, len(ROW.levels)):
         above_RC = value_RC > (ROW.levels[code - 1] + ROW.levels[code]) / 2
         code_RC += above_RC.to(tl.int32)
@@ -202,7 +202,7 @@ def _lloyd_max(x_RC, ROW: tl.constexpr):
 @triton.jit
 def _put_kv4(code_R, code_RC, wrong_R, kept_R, ROW: tl.constexpr):
     place_J = tl.arange(0, ROW.columns // 2)
-    code_RJP = tl.reshape(code_RC, [code_RC.shape[0], ROW.columns // 2, 2])
+    code_RJP = tl.reshape(code_RC, [code_RC.shape[0], code_RC.shape[1] // 2, 2])
     byte_RJ = tl.sum(code_RJP << (4 * tl.arange(0, 2))[None, None, :], 2)
     byte_RJ = tl.where(wrong_R[:, None], 0xFF, byte_RJ)
     tl.store(
@@ -215,23 +215,19 @@ def _put_kv4(code_R, code_RC, wrong_R, kept_R, ROW: tl.constexpr):
 @triton.jit
 def _put_kv3(code_R, code_RC, wrong_R, kept_R, ROW: tl.constexpr):
     EIGHTH: tl.constexpr = ROW.dim // 8
-    place_J = tl.arange(0, ROW.columns // 4)
-    held_J = place_J < ROW.places
-    part_P = tl.arange(0, 4)
-    code_RJP = tl.reshape(code_RC, [code_RC.shape[0], ROW.columns // 4, 4])
-    two_RJ = tl.where(wrong_R[:, None], 0xFF, tl.sum((code_RJP & 3) << (2 * part_P)[None, None, :], 2))
-    tl.store(code_R[:, None] + place_J[None, :], two_RJ.to(tl.uint8), mask=kept_R[:, None] & held_J[None, :])
-    # The third bits: bit b of byte k is that of dim b * D/8 + k, two eighths to a part.
-    one_RJ = tl.sum((code_RJP >> 2) << (2 * part_P)[None, None, :], 2) << (place_J >= EIGHTH).to(tl.int32)[None, :]
-    byte_K = tl.arange(0, ROW.columns // 8)
-    same_JK = (place_J % EIGHTH)[:, None] == byte_K[None, :]
-    one_RK = tl.sum(tl.where(same_JK & held_J[:, None], 1, 0)[None, :, :] * one_RJ[:, :, None], 1)
-    one_RK = tl.where(wrong_R[:, None], 0xFF, one_RK)
-    tl.store(
-        (code_R + 2 * EIGHTH)[:, None] + byte_K[None, :],
-        one_RK.to(tl.uint8),
-        mask=kept_R[:, None] & (byte_K < EIGHTH)[None, :],
-    )
+    place_J = tl.arange(0, ROW.columns // 8)
+    mask_RJ = kept_R[:, None] & (place_J < ROW.places)[None, :]
+    part_P = tl.arange(0, 8)
+    code_RJP = tl.reshape(code_RC, [code_RC.shape[0], code_RC.shape[1] // 8, 8])
+    # Two bits of even parts in one byte, of odd parts in another; the third bits of all eight in a third.
+    two_RJP = (code_RJP & 3) << (part_P // 2 * 2)[None, None, :]
+    even_RJ = tl.sum(tl.where((part_P % 2 == 0)[None, None, :], two_RJP, 0), 2)
+    odd_RJ = tl.sum(tl.where((part_P % 2 == 1)[None, None, :], two_RJP, 0), 2)
+    high_RJ = tl.sum((code_RJP >> 2) << part_P[None, None, :], 2)
+    at_RJ = code_R[:, None] + place_J[None, :]
+    tl.store(at_RJ, tl.where(wrong_R[:, None], 0xFF, even_RJ).to(tl.uint8), mask=mask_RJ)
+    tl.store(at_RJ + EIGHTH, tl.where(wrong_R[:, None], 0xFF, odd_RJ).to(tl.uint8), mask=mask_RJ)
+    tl.store(at_RJ + 2 * EIGHTH, tl.where(wrong_R[:, None], 0xFF, high_RJ).to(tl.uint8), mask=mask_RJ)
 
 
 @triton.jit
@@ -341,7 +337,7 @@ def _table(x_RBI, place_I, ROW: tl.constexpr):
     first_RB = tl.div_rn(_extreme(x_RBI, place_I), -127.0)
     value_RBI = x_RBI * _inverse(first_RB)[:, :, None]
     code_RBI = tl.zeros(x_RBI.shape, tl.int32)
-    level_RBI = tl.full(x_RBI.shape, ROW.levels[0], tl.int32)
+    level_RBI = tl.zeros(x_RBI.shape, tl.int32) + ROW.levels[0]
     for code in tl.static_range(1, 16):
         # A number exactly between two levels takes the upper one.
         above_RBI = value_RBI >= (ROW.levels[code - 1] + ROW.levels[code]) / 2

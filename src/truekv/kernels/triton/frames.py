@@ -110,8 +110,9 @@ def merge_kernel(
     offset_R = tl.load(offset + token_R, mask=inside_R, other=0)
     asked_R = inside_R & (offset_R < tl.load(count + owner_R, mask=inside_R, other=0))
     position_R = (tl.load(position + owner_R, mask=asked_R, other=0) + offset_R).to(tl.int32)
-    column_C = tl.arange(0, ROW.columns)
-    mean_RC = tl.zeros([BLOCK_R, ROW.columns], tl.float32)
+    COLUMNS: tl.constexpr = ROW.columns
+    column_C = tl.arange(0, COLUMNS)
+    mean_RC = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
     total_R = tl.zeros([BLOCK_R], tl.float32)
     spans = tl.max(tl.where(asked_R, position_R // SPAN + 1, 0), 0)

@@ -5,7 +5,7 @@ columns, so that no number moves between threads. Column c is part c % parts of 
 
     f32 bf16 fp8_* int8 q8_0    1 part     dim c
     kv4                         2 parts    dim part * D/2 + place
-    kv3                         4 parts    dim part * D/4 + place
+    kv3                         8 parts    dim part * D/8 + place
     q5_* q4_* iq4_nl            2 parts    dim place // 16 * 32 + part * 16 + place % 16
 
 Queries are taken to that order before they meet keys, and averages of values out of it.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.lazy import torch
-from truekv.kernels.triton.codebook import LEVELS, STEPS, look_up
+from truekv.kernels.triton.codebook import LEVELS, STEPS, look_up_8, look_up_16
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LONGEST: Final = 1024
 """Numbers of a row: sums of so many on the grid of formats/planes.py are exact in float64."""
 # Parts of a row that share bytes, and the bytes of headers and codes in a block of 32 numbers.
-_PARTS: Final = {"kv4": 2, "kv3": 4, "q5_1": 2, "q5_0": 2, "q4_1": 2, "q4_0": 2, "iq4_nl": 2}
+_PARTS: Final = {"kv4": 2, "kv3": 8, "q5_1": 2, "q5_0": 2, "q4_1": 2, "q4_0": 2, "iq4_nl": 2}
 _BLOCKS: Final = {"q8_0": (2, 32), "q5_1": (4, 20), "q5_0": (2, 20), "q4_1": (4, 16), "q4_0": (2, 16), "iq4_nl": (2, 16)}
 _BITS: Final = {"f32": 32, "bf16": 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "turboquant_fp8": 8, "int8": 8, "kv4": 4, "kv3": 3}
 _SCALED: Final = ("turboquant_fp8", "int8", "kv4", "kv3")
@@ -108,7 +108,7 @@ class Row:
     @property
     def look_up(self) -> str:
         """PTX from codes to levels; see codebook.py."""
-        return look_up(self.levels)
+        return look_up_8(self.levels) if len(self.levels) == 8 else look_up_16(self.levels)
 
     @property
     def gain(self) -> float:
@@ -124,6 +124,11 @@ class Row:
     def alignment(self) -> int:
         """What the address of every row is a multiple of, as long as pages start at multiples of 16."""
         return math.gcd(16, self.code_bytes, self.head_bytes)
+
+    @property
+    def eighth_alignment(self) -> int:
+        """What the addresses of the eighths of a row are multiples of."""
+        return math.gcd(self.alignment, self.dim // 8)
 
     def dims(self) -> list[int]:
         """Return the dim of each column, and -1 for those that hold nothing."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import triton
-import triton.language as tl
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
@@ -21,6 +20,7 @@ from truekv.kernels.triton.encode import store_kernel
 from truekv.kernels.triton.frames import merge_kernel, query_kernel
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.layout import Row, layout, rotation
+from truekv.kernels.triton.tiles import arch, attend_options, operand, query_tile, span_keys, torch_operand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from truekv.core.protocols import CacheFormat, Stored
     from truekv.core.spec import Paged
 
-SPAN: Final = 512
-"""Keys of one program where the new tokens of a row fit into one tile; fixed, because it fixes the order of sums."""
-_TILES: Final = (16, 32, 64)
 _ALIGNMENT: Final = 16
 
 
@@ -104,17 +101,16 @@ def attend(
     framed = [
         _into_frame(query, item, row, scale) for query, item, row in zip(queries, scored, layouts_of, strict=True)
     ]
-    tile = next((size for size in _TILES if size >= group * longest), _TILES[-1])
+    tile = query_tile(group * longest)
     tiles = triton.cdiv(group * longest, tile)
-    # Longer spans for more tiles: what is left to merge stays about as large as what is read.
-    span = SPAN * triton.next_power_of_2(tiles)
+    span = span_keys(tiles)
     spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, span)
     average = torch.empty(spans, tokens, query_heads, row_v.columns, device=device)
     largest = torch.empty(spans, tokens, query_heads, device=device)
     total = torch.empty_like(largest)
     second = scored[1] if len(scored) > 1 else None
     shared = value is scored[0]
-    columns = max(row.columns for row in (*layouts_of, row_v))
+    options = attend_options(layouts_of[0], None if second is None else layouts_of[1], row_v)
     _launch(
         attend_kernel,
         (tiles, batch * heads, spans),
@@ -146,14 +142,15 @@ def attend(
         GROUP=group,
         PAGE_TOKENS=value.page_tokens,
         SPAN=span,
-        OPERAND=_operand(layouts_of[0]),
-        OPERAND2=None if second is None else _operand(layouts_of[1]),
-        OPERAND_V=_operand(row_v),
+        OPERAND=operand(layouts_of[0]),
+        OPERAND2=None if second is None else operand(layouts_of[1]),
+        OPERAND_V=operand(row_v),
         WINDOWED=window is not None,
-        ARCH=_arch(device),
+        ARCH=arch(device),
         BLOCK_M=tile,
-        BLOCK_N=128 if columns <= 128 else 64 if columns <= 256 else 32,
-        num_stages=3 if columns <= 256 else 2,
+        BLOCK_N=options.keys,
+        num_warps=options.warps,
+        num_stages=options.stages,
     )
     return _merge(value, row_v, (average, largest, total), span, window, queries[0].dtype, step)
 
@@ -163,7 +160,7 @@ def _into_frame(query: torch.Tensor, item: Stored, row: Row, scale: float) -> tu
     query = _readable(query)
     tokens, heads, dim = query.shape
     frame, kv_heads = item.frame, item.field.heads
-    framed = torch.empty(tokens, heads, row.columns, dtype=_torch_operand(row), device=query.device)
+    framed = torch.empty(tokens, heads, row.columns, dtype=torch_operand(row), device=query.device)
     factor = torch.empty(tokens, heads, device=query.device)
     if tokens:
         _launch(
@@ -253,23 +250,3 @@ def _aligned(stored: Stored) -> Row:
             f"multiple of {_ALIGNMENT} tokens"
         )
     return row
-
-
-def _operand(row: Row) -> tl.dtype:
-    """Return the type of a field's numbers in products: fp16 holds every code but those that are as wide or wider."""
-    # The interpreter computes with the bits of a bfloat16 as if they were an integer.
-    if INTERPRETED or row.code == "f32":
-        return tl.float32
-    return tl.bfloat16 if row.code == "bf16" else tl.float16
-
-
-def _torch_operand(row: Row) -> torch.dtype:
-    return {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}[_operand(row)]
-
-
-def _arch(device: torch.device) -> int:
-    """Return the compute capability of an NVIDIA GPU as two digits, 0 for anything else."""
-    if INTERPRETED or device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
