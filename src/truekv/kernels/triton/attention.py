@@ -1,0 +1,158 @@
+"""Attention over stored rows: decode, verify and prefill are one kernel, and so are latent and grouped heads.
+
+One program reads a span of one kv head's rows once and decodes them once, for all query heads that share it and all
+new tokens of a tile. It leaves the unnormalised average of each query row over that span, with the span's largest
+score and sum of weights; frames.py merges the spans. Spans and blocks of keys start at fixed positions, so a row's
+sums run in one order whatever its companions, the width of the table or what is captured.
+
+Weights enter the second product as numbers of half precision between 0 and 2^15: relative to the block's largest they
+keep 11 bits down to 2^-29. Scores and sums are float32.
+"""
+
+# Shape suffixes: M query rows of a tile, N keys of a block, C columns.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from truekv.kernels.triton.codes import read_rows
+
+# Stands for the maximum of no scores: a number, so that a difference of two is one too.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def attend_kernel(
+    first,  # field 0 of the layer, which is scored
+    second,  # a second field whose scores are added
+    value,  # the field that is averaged; equal to the first where ROW_V is None
+    query,  # [T, H, columns] of field 0, operands
+    query2,
+    factor,  # [T, H] float32: what the scores of each query are multiplied by
+    factor2,
+    gather,
+    position,
+    count,
+    pages,
+    average,  # out: float32 [spans, T, H, columns of the value]
+    largest,  # out: float32 [spans, T, H], largest score in powers of two
+    total,  # out: float32 [spans, T, H], sum of the weights
+    first_page_bytes,
+    second_page_bytes,
+    value_page_bytes,
+    tokens,
+    longest,
+    width,
+    window,
+    ROW: tl.constexpr,
+    ROW2: tl.constexpr,
+    ROW_V: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
+    OPERAND: tl.constexpr,
+    OPERAND2: tl.constexpr,
+    OPERAND_V: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ARCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid: (tiles of query rows, batch rows * kv heads, spans)."""
+    row, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
+    span = tl.program_id(2).to(tl.int64)
+    start = tl.load(position + row).to(tl.int32)
+    new = tl.load(count + row).to(tl.int32)
+    # Query rows: the heads of a group side by side, token after token.
+    place_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunk_M = place_M // GROUP
+    asked_M = chunk_M < new
+    position_M = start + chunk_M
+    first_chunk = tl.program_id(0) * BLOCK_M // GROUP
+    last_chunk = tl.minimum(((tl.program_id(0) + 1) * BLOCK_M - 1) // GROUP, new - 1)
+    low = tl.program_id(2) * SPAN
+    high = tl.minimum(low + SPAN, start + last_chunk + 1)
+    if WINDOWED:
+        low = tl.maximum(low, (start + first_chunk - window + 1) // BLOCK_N * BLOCK_N)
+    if (first_chunk >= new) | (low >= high):
+        return
+
+    token_M = tl.load(gather + row * longest + chunk_M, mask=asked_M, other=0)
+    query_M = token_M * (HEADS * GROUP) + head * GROUP + place_M % GROUP
+    q_MC = tl.load(
+        query + query_M[:, None] * ROW.columns + tl.arange(0, ROW.columns)[None, :], mask=asked_M[:, None], other=0.0
+    )
+    factor_M = tl.load(factor + query_M, mask=asked_M, other=0.0)
+    first += head * ROW.head_bytes
+    if ROW2 is not None:
+        q2_MC = tl.load(
+            query2 + query_M[:, None] * ROW2.columns + tl.arange(0, ROW2.columns)[None, :],
+            mask=asked_M[:, None],
+            other=0.0,
+        )
+        factor2_M = tl.load(factor2 + query_M, mask=asked_M, other=0.0)
+        second += head * ROW2.head_bytes
+    if ROW_V is not None:
+        value += head * ROW_V.head_bytes
+    AVERAGED: tl.constexpr = ROW if ROW_V is None else ROW_V
+    COLUMNS: tl.constexpr = AVERAGED.columns
+    average_MC = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    largest_M = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total_M = tl.zeros([BLOCK_M], tl.float32)
+    # A query row of nobody sees what the last one sees, and is not written.
+    end = tl.minimum(start + new, high)
+    last_M = tl.minimum(position_M, end - 1)
+    table = pages + row * width
+
+    for block in range(low, high, BLOCK_N):
+        key_N = block + tl.arange(0, BLOCK_N)
+        written_N = key_N < end
+        page_N = tl.load(table + key_N // PAGE_TOKENS, mask=written_N, other=0)
+        line_N = key_N % PAGE_TOKENS
+        k_NC, scale_N = read_rows(first, page_N, line_N, written_N, first_page_bytes, ROW, OPERAND, ARCH)
+        score_MN = tl.dot(q_MC, tl.trans(k_NC), input_precision="ieee")
+        if ROW.factored:
+            score_MN *= scale_N[None, :]
+        score_MN *= factor_M[:, None]
+        if ROW2 is not None:
+            k2_NC, scale2_N = read_rows(second, page_N, line_N, written_N, second_page_bytes, ROW2, OPERAND2, ARCH)
+            score2_MN = tl.dot(q2_MC, tl.trans(k2_NC), input_precision="ieee") * factor2_M[:, None]
+            if ROW2.factored:
+                score2_MN *= scale2_N[None, :]
+            score_MN += score2_MN
+        seen_MN = key_N[None, :] <= last_M[:, None]
+        if WINDOWED:
+            seen_MN &= key_N[None, :] > position_M[:, None] - window
+        score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+
+        raised_M = tl.maximum(largest_M, tl.max(score_MN, 1))
+        weight_MN = tl.exp2(score_MN - (raised_M - 15.0)[:, None])
+        old_M = tl.exp2(largest_M - raised_M)
+        total_M = total_M * old_M + tl.sum(weight_MN, 1)
+        largest_M = raised_M
+        if ROW_V is not None:
+            v_NC, scale_N = read_rows(value, page_N, line_N, written_N, value_page_bytes, ROW_V, OPERAND_V, ARCH)
+        else:
+            v_NC = k_NC
+        if AVERAGED.factored:
+            # In units of the block's largest scale, so that no product of a weight and a scale is lost in fp16.
+            unit = tl.max(tl.abs(scale_N), 0)
+            unit = tl.where(unit > 0, unit, 1.0)
+            weight_MN *= (scale_N / unit)[None, :]
+            average_MC = average_MC * old_M[:, None] + unit * tl.dot(
+                weight_MN.to(OPERAND_V), v_NC, input_precision="ieee"
+            )
+        else:
+            average_MC = tl.dot(
+                weight_MN.to(OPERAND_V), v_NC, average_MC * old_M[:, None], input_precision="ieee"
+            )
+
+    place_of_M = span * tokens * (HEADS * GROUP) + query_M
+    columns_C = tl.arange(0, COLUMNS)
+    tl.store(
+        average + place_of_M[:, None] * COLUMNS + columns_C[None, :], average_MC, mask=asked_M[:, None]
+    )
+    tl.store(largest + place_of_M, largest_M, mask=asked_M)
+    tl.store(total + place_of_M, total_M, mask=asked_M)

@@ -1,0 +1,277 @@
+"""Stored rows as numbers, on the device: one function per code.
+
+Codes become operands of matrix products: integers of at most 8 bits or fp8 numbers, which fp16 and float32 hold
+exactly. The scale of a row stays outside: it multiplies a score, or a weight. Only block formats, whose scales lie
+inside of a row, are multiplied out: exactly where operands are float32, else in units of the row's largest header, so
+that a number is off by at most 2^-10 of its block's largest.
+
+ARCH is the compute capability of an NVIDIA GPU (90 for 9.0) whose instructions may be written down, or 0: then
+everything is said in Triton, for the interpreter and for other machines.
+"""
+
+# Shape suffixes: N rows of a tile, C columns, J places.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+@triton.jit
+def read_rows(data, page_N, line_N, valid_N, PAGE_BYTES, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    """Return rows [N, C] in storage order as operands, and a factor [N] that belongs to each row.
+
+    `data` points to one head of the field in page 0. Rows that are not valid are neither read nor meaningful, but
+    finite.
+    """
+    head_N = data + page_N * PAGE_BYTES
+    row_N = head_N + line_N * ROW.code_bytes
+    factor_N = tl.full(line_N.shape, 1.0, tl.float32)
+    if ROW.scaled:
+        scales_N = (head_N + ROW.page_tokens * ROW.code_bytes).to(tl.pointer_type(tl.float16)) + line_N
+        factor_N = tl.load(scales_N, mask=valid_N, other=0.0).to(tl.float32)
+    if ROW.blocks > 0:
+        values_NC, factor_N = _block_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+    elif ROW.code == "kv4":
+        values_NC = _kv4_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+    elif ROW.code == "kv3":
+        values_NC = _kv3_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+    else:
+        values_NC = _whole_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+    return values_NC, factor_N
+
+
+@triton.jit
+def dims(ROW: tl.constexpr):
+    """Return the dim of each column [C], and whether it holds a number."""
+    column_C = tl.arange(0, ROW.columns)
+    place_C, part_C = column_C // ROW.parts, column_C % ROW.parts
+    if ROW.blocks > 0 and ROW.parts == 2:
+        dim_C = place_C // 16 * 32 + part_C * 16 + place_C % 16
+    else:
+        dim_C = part_C * (ROW.dim // ROW.parts) + place_C
+    return dim_C, (place_C < ROW.places) & (dim_C < ROW.dim)
+
+
+@triton.jit
+def _bytes(row_N, valid_N, place_J, ROW: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Load the bytes [N, J] at places of every row."""
+    # Said of the sum, from which the compiler would not find it out: vectors of so many bytes are read at once.
+    address_NJ = tl.multiple_of(row_N, [ALIGNMENT])[:, None] + place_J[None, :]
+    return tl.load(address_NJ, mask=_held(valid_N, place_J, ROW), other=0)
+
+
+@triton.jit
+def _held(valid_N, place_J, ROW: tl.constexpr):
+    if ROW.padded:
+        return valid_N[:, None] & (place_J < ROW.places)[None, :]
+    return valid_N[:, None]
+
+
+@triton.jit
+def _whole_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    """Rows of one number after the other."""
+    ALIGNMENT: tl.constexpr = ROW.alignment
+    column_C = tl.arange(0, ROW.columns)
+    if ROW.code == "f32":
+        wide_N = tl.multiple_of(row_N, [ALIGNMENT]).to(tl.pointer_type(tl.float32))
+        values_NC = tl.load(wide_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0.0)
+        return values_NC.to(OPERAND)
+    if ROW.code == "bf16":
+        aligned_N = tl.multiple_of(row_N, [ALIGNMENT])
+        if OPERAND == tl.bfloat16:
+            wide_N = aligned_N.to(tl.pointer_type(tl.bfloat16))
+            return tl.load(wide_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0.0)
+        half_N = aligned_N.to(tl.pointer_type(tl.uint16))
+        bits_NC = tl.load(half_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0)
+        return (bits_NC.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(OPERAND)
+    codes_NC = _bytes(row_N, valid_N, column_C, ROW, ALIGNMENT)
+    if ROW.code == "int8":
+        return _signed(codes_NC, OPERAND, ARCH)
+    if ROW.code == "fp8_e5m2":
+        return _e5m2(codes_NC, OPERAND, ARCH)
+    return _e4m3(codes_NC, OPERAND, ARCH)
+
+
+@triton.jit
+def _e5m2(codes, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    """The upper byte of an fp16 number."""
+    if ARCH > 0:
+        halves = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+        return halves.to(OPERAND)
+    return (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(OPERAND)
+
+
+@triton.jit
+def _e4m3(codes, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    if ARCH >= 89:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(OPERAND)
+    # The bits of an fp16 number with its exponent 8 too low; and the one code, of either sign, that is no number.
+    wide = codes.to(tl.uint16)
+    size = wide & 0x7F
+    small = (((wide & 0x80) << 8) | (size << 7)).to(tl.float16, bitcast=True)
+    return tl.where(size == 0x7F, float("nan"), small.to(tl.float32) * 256.0).to(OPERAND)
+
+
+@triton.jit
+def _signed(codes, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    """Two's complement bytes: 1024 + 128 + n in fp16, without a conversion."""
+    if ARCH > 0 and OPERAND == tl.float16:
+        shifted = tl.inline_asm_elementwise(
+            "{ .reg .b32 x; xor.b32 x, $2, 0x80808080;"
+            " prmt.b32 $0, x, 0x64646464, 0x4140; prmt.b32 $1, x, 0x64646464, 0x4342; }",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+        return shifted - 1152.0
+    return codes.to(tl.int8, bitcast=True).to(OPERAND)
+
+
+@triton.jit
+def _integers(codes, OFFSET: tl.constexpr, OPERAND: tl.constexpr):
+    """Codes below 256 minus an offset."""
+    if OPERAND == tl.float16:
+        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
+    return codes.to(tl.int32).to(OPERAND) - OFFSET
+
+
+@triton.jit
+def _levels(codes, ROW: tl.constexpr, OPERAND: tl.constexpr):
+    """Level of each code, as a sum of the steps that lie below it."""
+    level = tl.zeros(codes.shape, tl.int32) + ROW.levels[0]
+    for code in tl.static_range(1, len(ROW.levels)):
+        level += tl.where(codes >= code, ROW.levels[code] - ROW.levels[code - 1], 0)
+    return level.to(OPERAND)
+
+
+@triton.jit
+def _pairs(codes, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    """Levels of the low and of the high four bits of every byte."""
+    if ARCH > 0 and OPERAND == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            ROW.look_up, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+        return low - 1152.0, high - 1152.0
+    return _levels(codes & 15, ROW, OPERAND), _levels(codes >> 4, ROW, OPERAND)
+
+
+@triton.jit
+def _flat(parts_NJP):
+    """The parts of each place as columns side by side."""
+    return tl.reshape(parts_NJP, [parts_NJP.shape[0], parts_NJP.shape[1] * parts_NJP.shape[2]])
+
+
+@triton.jit
+def _kv4_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    place_J = tl.arange(0, ROW.columns // 2)
+    codes_NJ = _bytes(row_N, valid_N, place_J, ROW, ROW.alignment)
+    low_NJ, high_NJ = _pairs(codes_NJ, ROW, OPERAND, ARCH)
+    return _flat(tl.join(low_NJ, high_NJ))
+
+
+@triton.jit
+def _kv3_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    EIGHTH: tl.constexpr = ROW.dim // 8
+    ALIGNMENT: tl.constexpr = ROW.eighth_alignment
+    place_J = tl.arange(0, ROW.columns // 8)
+    even_NJ = _bytes(row_N, valid_N, place_J, ROW, ALIGNMENT)
+    odd_NJ = _bytes(row_N + EIGHTH, valid_N, place_J, ROW, ALIGNMENT)
+    high_NJ = _bytes(row_N + 2 * EIGHTH, valid_N, place_J, ROW, ALIGNMENT)
+    if ARCH > 0 and OPERAND == tl.float16:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            ROW.look_up,
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [even_NJ, odd_NJ, high_NJ],
+            dtype=(
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+            ),
+            is_pure=True,
+            pack=4,
+        )
+        return _flat(_eight(a, b, c, d, e, f, g, h)) - 1152.0
+    codes_NJP = _eight(
+        (even_NJ & 3) | ((high_NJ & 1) << 2),
+        (odd_NJ & 3) | (((high_NJ >> 1) & 1) << 2),
+        ((even_NJ >> 2) & 3) | (((high_NJ >> 2) & 1) << 2),
+        ((odd_NJ >> 2) & 3) | (((high_NJ >> 3) & 1) << 2),
+        ((even_NJ >> 4) & 3) | (((high_NJ >> 4) & 1) << 2),
+        ((odd_NJ >> 4) & 3) | (((high_NJ >> 5) & 1) << 2),
+        (even_NJ >> 6) | (((high_NJ >> 6) & 1) << 2),
+        (odd_NJ >> 6) | ((high_NJ >> 7) << 2),
+    )
+    return _levels(_flat(codes_NJP), ROW, OPERAND)
+
+
+@triton.jit
+def _eight(a, b, c, d, e, f, g, h):
+    """Eight parts [N, J] as [N, J, 8], in their order."""
+    parts = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(parts, [a.shape[0], a.shape[1], 8])
+
+
+@triton.jit
+def _block_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+    """Blocks of 32 numbers: header * code, and for two headers + the second."""
+    WIDTH: tl.constexpr = 32 // ROW.parts
+    place_J = tl.arange(0, ROW.columns // ROW.parts)
+    start_J = place_J // WIDTH * ROW.block_bytes
+    held_NJ = valid_N[:, None] & (place_J < ROW.places)[None, :]
+    block_NJ = row_N[:, None] + start_J[None, :]
+    scale_NJ = tl.load(block_NJ.to(tl.pointer_type(tl.float16)), mask=held_NJ, other=0.0).to(tl.float32)
+    least_NJ = tl.zeros_like(scale_NJ)
+    if ROW.header_bytes == 4:
+        second_NJ = (block_NJ + 2).to(tl.pointer_type(tl.float16))
+        least_NJ = tl.load(second_NJ, mask=held_NJ, other=0.0).to(tl.float32)
+    factor_N = tl.full(valid_N.shape, 1.0, tl.float32)
+    if OPERAND != tl.float32:
+        largest_N = tl.maximum(tl.max(tl.abs(scale_NJ), 1), tl.max(tl.abs(least_NJ), 1) / 16)
+        factor_N = tl.where(largest_N > 0, largest_N, 1.0)
+        scale_NJ /= factor_N[:, None]
+        least_NJ /= factor_N[:, None]
+    scale_NJ, least_NJ = scale_NJ.to(OPERAND), least_NJ.to(OPERAND)
+
+    codes_NJ = tl.load(
+        block_NJ + (ROW.block_bytes - WIDTH) + place_J[None, :] % WIDTH, mask=held_NJ, other=0
+    )
+    if ROW.code == "q8_0":
+        values_NC = _signed(codes_NJ, OPERAND, ARCH) * scale_NJ
+    else:
+        low_NJ, high_NJ = _block_codes(codes_NJ, block_NJ, place_J, held_NJ, ROW, OPERAND, ARCH)
+        values_NC = _flat(tl.join(low_NJ * scale_NJ + least_NJ, high_NJ * scale_NJ + least_NJ))
+    return values_NC, factor_N
+
+
+@triton.jit
+def _block_codes(
+    codes_NJ, block_NJ, place_J, held_NJ, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr
+):
+    """Codes of the low and of the high four bits of every byte, with the fifth bits that stand before them."""
+    if ROW.code == "iq4_nl":
+        low_NJ, high_NJ = _pairs(codes_NJ, ROW, OPERAND, ARCH)
+    else:
+        low_NJ, high_NJ = codes_NJ & 15, codes_NJ >> 4
+        if ROW.block_bytes - ROW.header_bytes == 20:
+            bit_J = place_J % 16
+            at_NJ = block_NJ + ROW.header_bytes + (bit_J // 8)[None, :]
+            shift_NJ = (bit_J % 8).to(tl.uint8)[None, :]
+            low_NJ |= ((tl.load(at_NJ, mask=held_NJ, other=0) >> shift_NJ) & 1) << 4
+            high_NJ |= ((tl.load(at_NJ + 2, mask=held_NJ, other=0) >> shift_NJ) & 1) << 4
+        OFFSET: tl.constexpr = 0 if ROW.header_bytes == 4 else 8 if ROW.block_bytes == 18 else 16
+        low_NJ, high_NJ = _integers(low_NJ, OFFSET, OPERAND), _integers(high_NJ, OFFSET, OPERAND)
+    return low_NJ, high_NJ
