@@ -165,7 +165,7 @@ class Session:
         decode: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Allocate float32 rows for BATCH sequences of `longest` tokens on the model's device; refuse one without rows."""
+        """Allocate float32 rows for BATCH sequences of `longest` tokens; refuse a model without rows."""
         spec, head = model.spec, model.draft_head
         self.fields = places(spec, draft=head is not None)
         if not self.fields:

@@ -1,4 +1,4 @@
-"""The tokens of a step in one order for the recurrent rules: convolved, with their gates, and what memory keeps."""
+"""The tokens of a step in one order for the recurrent rules: convolved, with their gates, and what memory keeps.
 
 Legend: B rows, T new tokens, Q longest chunk, R log capacity (drafts of one step), C convolved channels, K taps, H
 heads, N numbers per token and head beside the channels.
