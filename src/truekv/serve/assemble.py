@@ -74,7 +74,6 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     from truekv.models.weights import Checkpoint
     from truekv.serve.messages import ChatTemplate
 
-    device = choose_device(options.device)
     checkpoint = Checkpoint.open(locate(model))
     predicts = options.speculative_config is not None and options.speculative_config.method == "mtp"
     if predicts:
@@ -85,6 +84,7 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     formats = choose_formats(spec, *asked)
     draft_formats = choose_formats(spec, *asked, draft=True) if predicts else None
     names, draft_names = ([chosen or () for chosen in group] for group in (formats, draft_formats or ()))
+    device = choose_device(options.device)
     kernels = select(spec, names, draft_names, backend=options.kernel_backend, device=device)
     divided = functools.partial(
         plan,

@@ -38,8 +38,8 @@ def run(
     output: str | None,
     export: str | None,
     seed: int,
-    device: Device,
     as_json: bool,
+    device: Device = "auto",
 ) -> int:
     """Calibrate, write truekv/kv_cache_frames.safetensors, print a table (or one JSON object), and return 0.
 
@@ -48,13 +48,12 @@ def run(
     default: beside the weights. `export`: LAYOUT=DIRECTORY, to write fp8 scales for other engines too.
     Everything that can be refused is, before the model is loaded.
     """
-    chosen = choose_device(device)
     checkpoint = _headed(Checkpoint.open(locate(model)))
     checkpoint.check()
     path = _writable(Path(output) if output else checkpoint.directory / FRAMES_FILE)
     layout = _layout(checkpoint, export) if export else None
     rendered = _render(checkpoint, prompts, seed, model)
-    calibration = _measure(checkpoint, rendered, seed, model, chosen)
+    calibration = _measure(checkpoint, rendered, seed, model, choose_device(device))
     written = [str(path)]
     if layout is not None:
         written += map(str, _export(checkpoint, calibration, *layout))
