@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "campaign: too long for every run; part of make campaign")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; make gpu runs them there")
     config.stash[_LEFT_OUT] = 0
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_Workers(config))

@@ -43,6 +43,15 @@ class Case:
         log = {name: slab.clone() for name, slab in self.log.items()}
         return scan(self.layer, self.inputs, self.weights, state, log, self.step), state, log
 
+    def to(self, device: str) -> Case:
+        """The same on a device."""
+        parts = ({name: part.to(device) for name, part in each.items()} for each in self._tensors())
+        step = {field.name: getattr(self.step, field.name).to(device) for field in dataclasses.fields(self.step)}
+        return Case(self.layer, *parts, Step(**step))
+
+    def _tensors(self) -> tuple[dict[str, torch.Tensor], ...]:
+        return self.inputs, self.weights, self.state, self.log
+
 
 def random_case(
     layer: Recurrent, dtype: torch.dtype, seed: int, lengths: Sequence[int] = (0, 1, 1, 2, 5, 31, 32, 33, 70)

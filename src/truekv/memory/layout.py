@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from truekv.core.batch import Step
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
 
 def lay_out(rows: Seq[tuple[Sequence, int, list[int], int]], page_tokens: int, device: torch.device) -> Step:
     """Lay out (sequence, first position, tokens, drafts) of each row."""
-
-    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     counts = [len(tokens) for _, _, tokens, _ in rows]
     sequences = [sequence for sequence, *_ in rows]
     total, longest, width = sum(counts), max(counts), max(len(item.pages) for item in sequences)
@@ -26,29 +23,32 @@ def lay_out(rows: Seq[tuple[Sequence, int, list[int], int]], page_tokens: int, d
     positions = [range(first, first + count) for (_, first, _, _), count in zip(rows, counts, strict=True)]
     # A row of the table must hold real pages to its end, so that a gather never leaves memory.
     table = [item.pages + [item.pages[-1] if item.pages else 0] * (width - len(item.pages)) for item in sequences]
-    return Step(
-        tokens=tensor([token for _, _, tokens, _ in rows for token in tokens]),
-        positions=tensor([position for row in positions for position in row]),
-        owner=tensor([row for row, count in enumerate(counts) for _ in range(count)]),
-        offset=tensor([place for count in counts for place in range(count)]),
-        gather=tensor(
-            [
-                [min(start + min(place, max(count - 1, 0)), total - 1) for place in range(longest)]
-                for start, count in zip(starts, counts, strict=True)
-            ]
-        ),
-        position=tensor([first for _, first, _, _ in rows]),
-        count=tensor(counts),
-        certain=tensor([len(tokens) - drafts for _, _, tokens, drafts in rows]),
-        replay=tensor([item.replay for item in sequences]),
-        slot=tensor([item.slot for item in sequences]),
-        pages=tensor(table),
-        page=tensor(
-            [
-                item.pages[position // page_tokens]
-                for item, row in zip(sequences, positions, strict=True)
-                for position in row
-            ]
-        ),
-        line=tensor([position % page_tokens for row in positions for position in row]),
-    )
+    values = {
+        "tokens": [token for _, _, tokens, _ in rows for token in tokens],
+        "positions": [position for row in positions for position in row],
+        "owner": [row for row, count in enumerate(counts) for _ in range(count)],
+        "offset": [place for count in counts for place in range(count)],
+        "gather": [
+            min(start + min(place, max(count - 1, 0)), total - 1)
+            for start, count in zip(starts, counts, strict=True)
+            for place in range(longest)
+        ],
+        "position": [first for _, first, _, _ in rows],
+        "count": counts,
+        "certain": [len(tokens) - drafts for _, _, tokens, drafts in rows],
+        "replay": [item.replay for item in sequences],
+        "slot": [item.slot for item in sequences],
+        "pages": [page for row in table for page in row],
+        "page": [
+            item.pages[position // page_tokens]
+            for item, row in zip(sequences, positions, strict=True)
+            for position in row
+        ],
+        "line": [position % page_tokens for row in positions for position in row],
+    }
+    # One tensor and one copy: each on its own would make the host wait for the device.
+    flat = torch.tensor(list(itertools.chain.from_iterable(values.values())), dtype=torch.int64, device=device)
+    parts = dict(zip(values, torch.split(flat, [len(part) for part in values.values()]), strict=True))
+    parts["gather"] = parts["gather"].view(len(rows), longest)
+    parts["pages"] = parts["pages"].view(len(rows), width)
+    return Step(**parts)

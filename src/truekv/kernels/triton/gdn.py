@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from truekv.core.spec import Recurrent
 
 VALUES: Final = 32
-"""Value dims of one program: whole cache lines of the state; never chosen by the batch, which would change the bits."""
+"""Most value dims of one program: whole cache lines of the state."""
+NUMBERS: Final = 4096
+"""Most numbers of the state in one program; never chosen by the batch, which would change the bits."""
 
 
 def scan(
@@ -40,7 +42,8 @@ def scan(
     keys = (mixed.shape[1] - heads * value_dim) // 2
     # Tokens of no row come out as zeros.
     out_THV = torch.zeros(tokens, heads, value_dim, dtype=torch.float32, device=mixed.device)
-    values = min(VALUES, triton.next_power_of_2(value_dim))
+    dims = triton.next_power_of_2(key_dim)
+    values = min(VALUES, triton.next_power_of_2(value_dim), max(1, NUMBERS // dims))
     carry[(triton.cdiv(value_dim, values), heads, rows)](
         *(state["state"], mixed, gates, out_THV),
         *(step.gather, step.count, step.certain, step.replay, step.slot),
@@ -50,7 +53,7 @@ def scan(
         DRAFTS=log["conv"].shape[1],
         D=key_dim,
         V=value_dim,
-        KEYS=triton.next_power_of_2(key_dim),
+        KEYS=dims,
         VALUES=values,
     )
     return out_THV

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from truekv.core.spec import Recurrent
 
 DIMS: Final = 32
-"""Dims of a head in one program; never chosen by the batch, which would change the bits."""
+"""Most dims of a head in one program."""
+NUMBERS: Final = 4096
+"""Most numbers of the state in one program; never chosen by the batch, which would change the bits."""
 
 
 def scan(
@@ -40,7 +42,8 @@ def scan(
     shared = (mixed.shape[1] - heads * head_dim) // 2
     # Tokens of no row come out as zeros.
     out_THP = torch.zeros(tokens, heads, head_dim, dtype=torch.float32, device=mixed.device)
-    dims = min(DIMS, triton.next_power_of_2(head_dim))
+    numbers = triton.next_power_of_2(size)
+    dims = min(DIMS, triton.next_power_of_2(head_dim), max(1, NUMBERS // numbers))
     carry[(triton.cdiv(head_dim, dims), heads, rows)](
         *(state["state"], mixed, gates, out_THP),
         *(weights[name].float().contiguous() for name in ("A", "D")),
@@ -50,7 +53,7 @@ def scan(
         P=head_dim,
         S=size,
         DIMS=dims,
-        SIZE=triton.next_power_of_2(size),
+        SIZE=numbers,
     )
     return out_THP
 

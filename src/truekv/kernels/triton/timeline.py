@@ -103,17 +103,34 @@ def laid_at(gather, place, old, replayed):
 
 
 @triton.jit
-def _window(place, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS: tl.constexpr):
+def _window(
+    place,
+    channel,
+    inside,
+    inputs,
+    stride,
+    tail,
+    log,
+    gather,
+    old,
+    longest,
+    channels,
+    TAPS: tl.constexpr,
+    DRAFTS: tl.constexpr,
+):
     """Channels [places, CHANNELS] as they were before convolution, from the tail, the log or the new tokens.
 
     `place` is [places, 1] and may be up to TAPS - 1 below zero, `inside` [places, CHANNELS].
     """
     before = tl.load(tail + (channel * (TAPS - 1) + (TAPS - 1) + place), mask=inside & (place < 0), other=0.0)
-    logged = tl.load(log + (place * channels + channel), mask=inside & (place >= 0) & (place < old), other=0.0)
     token = tl.load(gather + (place - old), mask=(place >= old) & (place - old < longest), other=0)
     new = tl.load(inputs + token * stride + channel, mask=inside & (place >= old), other=0.0)
-    # Two of the three are zero.
-    return before.to(tl.float32) + logged.to(tl.float32) + new.to(tl.float32)
+    # All of them but one are zero.
+    seen = before.to(tl.float32) + new.to(tl.float32)
+    if DRAFTS > 0:
+        logged = tl.load(log + (place * channels + channel), mask=inside & (place >= 0) & (place < old), other=0.0)
+        seen += logged.to(tl.float32)
+    return seen
 
 
 @triton.jit
@@ -211,7 +228,9 @@ def prepare(
         for k in tl.static_range(TAPS):
             tap = tl.load(taps + (channel * TAPS + k), mask=real, other=0.0).to(tl.float32)
             at = place + (k - TAPS + 1)
-            out += tap * _window(at, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS)
+            out += tap * _window(
+                at, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS, DRAFTS
+            )
         if BIASED:
             out += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
         token = tl.load(gather + (place - old), mask=(place >= old) & (place < total), other=0)
@@ -220,7 +239,7 @@ def prepare(
     step = tl.arange(0, TAIL)[:, None]
     inside = (step < TAPS - 1) & real
     at = kept + step - (TAPS - 1)
-    saved = _window(at, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS)
+    saved = _window(at, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS, DRAFTS)
     # Every thread has read tail and log before any writes over them.
     tl.debug_barrier()
     tl.store(tail + (channel * (TAPS - 1) + step), saved, mask=inside)
