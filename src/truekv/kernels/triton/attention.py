@@ -111,13 +111,13 @@ def attend_kernel(
         written_N = key_N < end
         page_N = tl.load(table + key_N // PAGE_TOKENS, mask=written_N, other=0)
         line_N = key_N % PAGE_TOKENS
-        k_NC, scale_N = read_rows(first, page_N, line_N, written_N, first_page_bytes, ROW, OPERAND, ARCH)
+        k_NC, scale_N = read_rows(first, page_N, line_N, written_N, first_page_bytes, ROW, OPERAND, ARCH, ROW_V is None)
         score_MN = tl.dot(q_MC, tl.trans(k_NC), input_precision="ieee")
         if ROW.factored:
             score_MN *= scale_N[None, :]
         score_MN *= factor_M[:, None]
         if ROW2 is not None:
-            k2_NC, scale2_N = read_rows(second, page_N, line_N, written_N, second_page_bytes, ROW2, OPERAND2, ARCH)
+            k2_NC, scale2_N = read_rows(second, page_N, line_N, written_N, second_page_bytes, ROW2, OPERAND2, ARCH, False)
             score2_MN = tl.dot(q2_MC, tl.trans(k2_NC), input_precision="ieee") * factor2_M[:, None]
             if ROW2.factored:
                 score2_MN *= scale2_N[None, :]
@@ -133,7 +133,7 @@ def attend_kernel(
         total_M = total_M * old_M + tl.sum(weight_MN, 1)
         largest_M = raised_M
         if ROW_V is not None:
-            v_NC, scale_N = read_rows(value, page_N, line_N, written_N, value_page_bytes, ROW_V, OPERAND_V, ARCH)
+            v_NC, scale_N = read_rows(value, page_N, line_N, written_N, value_page_bytes, ROW_V, OPERAND_V, ARCH, True)
         else:
             v_NC = k_NC
         if AVERAGED.factored:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 @triton.jit
-def read_rows(data, page_N, line_N, valid_N, PAGE_BYTES, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+def read_rows(data, page_N, line_N, valid_N, PAGE_BYTES, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr, VALUES: tl.constexpr):
     """Return rows [N, C] in storage order as operands, and a factor [N] that belongs to each row.
 
     `data` points to one head of the field in page 0. Rows that are not valid are neither read nor meaningful, but
@@ -36,7 +36,7 @@ def read_rows(data, page_N, line_N, valid_N, PAGE_BYTES, ROW: tl.constexpr, OPER
     elif ROW.code == "kv3":
         values_NC = _kv3_rows(row_N, valid_N, ROW, OPERAND, ARCH)
     else:
-        values_NC = _whole_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+        values_NC = _whole_rows(row_N, valid_N, ROW, OPERAND, ARCH, VALUES)
     return values_NC, factor_N
 
 
@@ -68,7 +68,7 @@ def _held(valid_N, place_J, ROW: tl.constexpr):
 
 
 @triton.jit
-def _whole_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+def _whole_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr, VALUES: tl.constexpr):
     """Rows of one number after the other."""
     ALIGNMENT: tl.constexpr = ROW.alignment
     column_C = tl.arange(0, ROW.columns)
@@ -85,11 +85,18 @@ def _whole_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: 
         bits_NC = tl.load(half_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0)
         return (bits_NC.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(OPERAND)
     codes_NC = _bytes(row_N, valid_N, column_C, ROW, ALIGNMENT)
+    if VALUES:
+        codes_NC = tl.reshape(codes_NC, [codes_NC.shape[0], codes_NC.shape[1] // 2, 2])
     if ROW.code == "int8":
-        return _signed(codes_NC, OPERAND, ARCH)
-    if ROW.code == "fp8_e5m2":
-        return _e5m2(codes_NC, OPERAND, ARCH)
-    return _e4m3(codes_NC, OPERAND, ARCH)
+        values = _signed(codes_NC, OPERAND, ARCH)
+    elif ROW.code == "fp8_e5m2":
+        values = _e5m2(codes_NC, OPERAND, ARCH)
+    else:
+        values = _e4m3(codes_NC, OPERAND, ARCH)
+    if VALUES:
+        return _flat(values)
+    else:
+        return values
 
 
 @triton.jit
