@@ -72,6 +72,7 @@ def attend_case(
             "ARCH": ARCH,
             "BLOCK_M": tile,
             "BLOCK_N": options.keys,
+            "ACROSS": tile < 16,
         },
         num_warps=options.warps,
         num_stages=options.stages,

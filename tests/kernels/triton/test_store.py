@@ -127,7 +127,8 @@ def test_no_rows_are_stored_without_a_word() -> None:
 def decode_kernel(data, out, page_bytes, ROW: tl.constexpr):
     """Decode the lines of page 1 of a field of one head."""
     line = tl.arange(0, ROW.page_tokens)
-    values, factor = read_rows(data, 1, line, line >= 0, page_bytes, ROW, tl.float32, 0, False)
+    written = (line >= 0)[None, :]
+    values, factor = read_rows(data, tl.full([1], 1, tl.int64), written, page_bytes, ROW, tl.float32, 0, False)
     dim, holds = dims(ROW)
     tl.store(out + line[:, None] * ROW.dim + dim[None, :], values * factor[:, None], mask=holds[None, :])
 

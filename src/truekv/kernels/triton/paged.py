@@ -149,6 +149,7 @@ def attend(
         ARCH=arch(device),
         BLOCK_M=tile,
         BLOCK_N=options.keys,
+        ACROSS=tile < 16,
         num_warps=options.warps,
         num_stages=options.stages,
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SPAN: Final = 512
 """Keys of one program where the new tokens of a row fit into one tile; fixed, because it fixes the order of sums."""
-_QUERIES: Final = (16, 32, 64)
+_QUERIES: Final = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
