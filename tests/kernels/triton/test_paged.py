@@ -79,7 +79,9 @@ def test_groups_and_query_lengths(group: int, counts: list[int]) -> None:
     assert error(cache, counts, group) < BOUND
 
 
-@pytest.mark.parametrize(("latent", "rope"), [("bf16", "bf16"), ("fp8_e4m3", "int8"), ("kv4", "int8"), ("q4_0", "q8_0")])
+@pytest.mark.parametrize(
+    ("latent", "rope"), [("bf16", "bf16"), ("fp8_e4m3", "int8"), ("kv4", "int8"), ("q4_0", "q8_0")]
+)
 def test_latent_rows_are_keys_and_values(latent: str, rope: str) -> None:
     cache = fill(mla(512, 64), formats(latent, rope), [66], measured=True)
     assert error(cache, [1], 20) < ROTATED
@@ -243,9 +245,7 @@ def test_layers_that_have_no_kernel_are_refused() -> None:
     kinds = formats("bf16", "bf16", "bf16")
     three = Paged((Field("k", 1, 64, "key"), Field("r", 1, 64, "key"), Field("s", 1, 64, "key")))
     value = Field("v", 1, 64, "value")
-    assert "scores one or two fields" in str(
-        triton.refusal(Paged((*three.fields, value)), (*kinds, kinds[0]))
-    )
+    assert "scores one or two fields" in str(triton.refusal(Paged((*three.fields, value)), (*kinds, kinds[0])))
     assert "a multiple of 16" in str(triton.refusal(gqa(1, 24), kinds[:2]))
     unknown = dataclasses.replace(codecs()["int8"], name="int9")
     assert "do not know the format 'int9'" in str(triton.refusal(gqa(1, 64), (unknown, unknown)))

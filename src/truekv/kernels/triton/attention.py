@@ -130,9 +130,7 @@ def attend_kernel(
         total_M = total_M * old_M + tl.sum(weight, 0 if ACROSS else 1)
         largest_M = raised_M
         if ROW_V is not None:
-            v_NC, scale_N = read_rows(
-                value, page_G, written_GL, value_page_bytes, ROW_V, OPERAND_V, ARCH, VALUES=True
-            )
+            v_NC, scale_N = read_rows(value, page_G, written_GL, value_page_bytes, ROW_V, OPERAND_V, ARCH, VALUES=True)
         else:
             v_NC = k_NC
         mean *= _query_wise(old_M, ACROSS)

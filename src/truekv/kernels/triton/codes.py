@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def read_rows(
     data,
@@ -91,9 +92,7 @@ def _plain_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _byte_rows(
-    row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr, VALUES: tl.constexpr
-):
+def _byte_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr, VALUES: tl.constexpr):
     codes_NC = _load(row_GL1, written_GL, tl.arange(0, ROW.columns), ROW)
     if VALUES:
         # Else the compiler would gather single bytes out of shared memory, where it transposes halves.
