@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 # Triton decides when it is imported whether its kernels run in the interpreter, and one process runs many files:
 # here they all do, on the CPU. Only make gpu, which says 0, compiles them.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    # The same tests everywhere: without this, device auto would leave the CPU where there is a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Tests that name no number of their own scale with it: fifty times the default.
 settings.register_profile("campaign", max_examples=50 * settings.default.max_examples, deadline=None)

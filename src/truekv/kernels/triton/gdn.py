@@ -59,10 +59,12 @@ def scan(
 @triton.jit
 def _read(mixed, gates, at, places, channels, heads, key_heads, head, key, value, D: tl.constexpr, V: tl.constexpr):
     """One token's query, key, value, beta and decay, as they lie."""
-    at_head = mixed + at * channels + (head * key_heads // heads) * D + key
+    # One address in 64 bits, and the rest in 32, which take half the registers.
+    row = mixed + at * channels
+    at_head = row + ((head * key_heads // heads) * D + key)
     q = tl.load(at_head, mask=key < D, other=0.0)
     k = tl.load(at_head + key_heads * D, mask=key < D, other=0.0)
-    v = tl.load(mixed + at * channels + 2 * key_heads * D + head * V + value, mask=value < V, other=0.0)
+    v = tl.load(row + (2 * key_heads * D + head * V + value), mask=value < V, other=0.0)
     beta = tl.load(gates + at * heads + head)
     decay = tl.load(gates + (places + at) * heads + head)
     return q, k, v, beta, decay
@@ -85,7 +87,7 @@ def carry(
     mixed,
     gates,
     out,
-    gather,
+    gathers,
     counts,
     certains,
     replays,
@@ -105,20 +107,21 @@ def carry(
 ):
     """One program per block of value dims, head and row."""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    old = tl.load(replays + row)
-    total = old + tl.load(counts + row)
+    old = tl.load(replays + row).to(tl.int32)
+    total = old + tl.load(counts + row).to(tl.int32)
     if total == 0:
         return
-    kept = old + tl.load(certains + row)
+    kept = old + tl.load(certains + row).to(tl.int32)
     key, value = tl.arange(0, KEYS), block * VALUES + tl.arange(0, VALUES)
     real = (key < D)[:, None] & (value < V)[None, :]
-    held = states + ((tl.load(slots + row) * heads + head) * D + key[:, None]) * V + value[None, :]
+    held = states + (tl.load(slots + row) * heads + head) * D * V + (key[:, None] * V + value[None, :])
     s = tl.load(held, mask=real, other=0.0)
-    at = laid_at(gather, row, longest, 0, old, tokens, DRAFTS)
+    gather, replayed = gathers + row * longest, tokens + row * DRAFTS
+    at = laid_at(gather, 0, old, replayed)
     q, k, v, beta, decay = _read(mixed, gates, at, places, channels, heads, key_heads, head, key, value, D, V)
     for place in range(0, total):
         # The next token is on its way while this one is folded.
-        next_at = laid_at(gather, row, longest, tl.minimum(place + 1, total - 1), old, tokens, DRAFTS)
+        next_at = laid_at(gather, tl.minimum(place + 1, total - 1), old, replayed)
         next_q, next_k, next_v, next_beta, next_decay = _read(
             mixed, gates, next_at, places, channels, heads, key_heads, head, key, value, D, V
         )

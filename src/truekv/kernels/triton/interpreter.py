@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import triton
 
-INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
+_module: Any = triton
+INTERPRETED: Final = bool(_module.knobs.runtime.interpret)
 """Triton decides when a kernel is defined; TRITON_INTERPRET says what."""
 
 

@@ -1,4 +1,4 @@
-"""The tokens of a step in one order for the recurrent rules: convolved, with their gates, and what memory keeps of them.
+"""The tokens of a step in one order for the recurrent rules: convolved, with their gates, and what memory keeps.
 
 Legend: B rows, T new tokens, Q longest chunk, R log capacity (drafts of one step), C convolved channels, K taps, H
 heads, N numbers per token and head beside the channels.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CHANNELS = 128
 """Channels of one program."""
-PLACES = 16
+PLACES = 8
 """Most places that a program convolves at once."""
 
 
@@ -97,51 +97,22 @@ def lay_out(
 
 
 @triton.jit
-def token_of(gather, row, longest, place, old, inside):
-    """Index into T of the new token at a place that is not before `old`."""
-    return tl.load(gather + row * longest + place - old, mask=inside & (place >= old), other=0)
+def laid_at(gather, place, old, replayed):
+    """Where the token at one place lies in what was laid out; `gather` and `replayed` are those of its row."""
+    return tl.load(gather + tl.maximum(place - old, 0)) if place >= old else replayed + place
 
 
 @triton.jit
-def laid_at(gather, row, longest, place, old, tokens, DRAFTS: tl.constexpr):
-    """Where the token at one place lies in what was laid out."""
-    if place < old:
-        at = tokens + row * DRAFTS + place
-    else:
-        at = tl.load(gather + row * longest + place - old)
-    return at
-
-
-@triton.jit
-def _window(
-    place,
-    channel,
-    inside,
-    inputs,
-    stride,
-    tail,
-    log,
-    gather,
-    row,
-    slot,
-    old,
-    longest,
-    channels,
-    TAPS: tl.constexpr,
-    DRAFTS: tl.constexpr,
-):
+def _window(place, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS: tl.constexpr):
     """Channels [places, CHANNELS] as they were before convolution, from the tail, the log or the new tokens.
 
     `place` is [places, 1] and may be up to TAPS - 1 below zero, `inside` [places, CHANNELS].
     """
-    before = tl.load(
-        tail + (slot * channels + channel) * (TAPS - 1) + (TAPS - 1) + place, mask=inside & (place < 0), other=0.0
-    )
-    logged = tl.load(
-        log + (slot * DRAFTS + place) * channels + channel, mask=inside & (place >= 0) & (place < old), other=0.0
-    )
-    token = tl.load(gather + row * longest + place - old, mask=(place >= old) & (place - old < longest), other=0)
+    before = tl.load(tail + (channel * (TAPS - 1) + (TAPS - 1) + place), mask=inside & (place < 0), other=0.0)
+    logged = tl.load(log + (place * channels + channel), mask=inside & (place >= 0) & (place < old), other=0.0)
+    token = tl.load(gather + (place - old), mask=(place >= old) & (place - old < longest), other=0)
     new = tl.load(inputs + token * stride + channel, mask=inside & (place >= old), other=0.0)
+    # Two of the three are zero.
     return before.to(tl.float32) + logged.to(tl.float32) + new.to(tl.float32)
 
 
@@ -151,34 +122,30 @@ def _lay_gate(
     log,
     gates,
     gather,
-    row,
-    slot,
     old,
     total,
     kept,
-    tokens,
-    longest,
+    replayed,
     heads,
-    DRAFTS: tl.constexpr,
     HEADS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """Copy one number per token and head to where it lies laid out, and the drafts' to the log."""
+    """Copy one number per token and head to where it lies laid out, and the drafts' to the row's log."""
     head = tl.arange(0, HEADS)[None, :]
     for start in range(0, total, PLACES):
         place = start + tl.arange(0, PLACES)[:, None]
         inside = (place < total) & (head < heads)
-        token = tl.load(gather + row * longest + place - old, mask=(place >= old) & (place < total), other=0)
-        logged = tl.load(log + (slot * DRAFTS + place) * heads + head, mask=inside & (place < old), other=0.0)
+        token = tl.load(gather + (place - old), mask=(place >= old) & (place < total), other=0)
+        logged = tl.load(log + (place * heads + head), mask=inside & (place < old), other=0.0)
         new = tl.load(given + token * heads + head, mask=inside & (place >= old), other=0.0)
-        at = tl.where(place < old, tokens + row * DRAFTS + place, token)
+        at = tl.where(place < old, replayed + place, token)
         tl.store(gates + at * heads + head, logged.to(tl.float32) + new.to(tl.float32), mask=inside)
     # Every thread has read what was accepted before any writes new drafts over it.
     tl.debug_barrier()
     for place in range(kept, total):
-        token = tl.load(gather + row * longest + place - old)
+        token = tl.load(gather + (place - old))
         new = tl.load(given + token * heads + head, mask=head < heads, other=0.0)
-        tl.store(log + (slot * DRAFTS + place - kept) * heads + head, new, mask=head < heads)
+        tl.store(log + ((place - kept) * heads + head), new, mask=head < heads)
 
 
 @triton.jit
@@ -187,13 +154,13 @@ def prepare(
     stride,
     taps,
     bias,
-    tail,
-    log,
+    tails,
+    logs,
     first,
-    first_log,
+    first_logs,
     second,
-    second_log,
-    gather,
+    second_logs,
+    gathers,
     counts,
     certains,
     replays,
@@ -217,35 +184,23 @@ def prepare(
 ):
     """One program per row and block of channels, and one more per row for the gates."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    old = tl.load(replays + row)
-    total = old + tl.load(counts + row)
+    old = tl.load(replays + row).to(tl.int32)
+    total = old + tl.load(counts + row).to(tl.int32)
     if total == 0:
         return
-    kept = old + tl.load(certains + row)
+    kept = old + tl.load(certains + row).to(tl.int32)
     slot = tl.load(slots + row)
+    # One address of the row in 64 bits, and the rest in 32, which take half the registers.
+    gather, replayed = gathers + row * longest, tokens + row * DRAFTS
     if block == channel_blocks:
-        _lay_gate(
-            first, first_log, gates, gather, row, slot, old, total, kept, tokens, longest, heads, DRAFTS, HEADS, PLACES
-        )
+        log = first_logs + slot * DRAFTS * heads
+        _lay_gate(first, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES)
         if GATES == 2:
-            _lay_gate(
-                second,
-                second_log,
-                gates + places * heads,
-                gather,
-                row,
-                slot,
-                old,
-                total,
-                kept,
-                tokens,
-                longest,
-                heads,
-                DRAFTS,
-                HEADS,
-                PLACES,
-            )
+            log = second_logs + slot * DRAFTS * heads
+            gates += places * heads
+            _lay_gate(second, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES)
         return
+    tail, log = tails + slot * channels * (TAPS - 1), logs + slot * DRAFTS * channels
     channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     real = channel < channels
     for start in range(0, total, PLACES):
@@ -254,53 +209,22 @@ def prepare(
         out = tl.zeros((PLACES, CHANNELS), tl.float32)
         # The taps are summed one after the other, as the reference does.
         for k in tl.static_range(TAPS):
-            tap = tl.load(taps + channel * TAPS + k, mask=real, other=0.0).to(tl.float32)
-            seen = _window(
-                place + (k - TAPS + 1),
-                channel,
-                inside,
-                inputs,
-                stride,
-                tail,
-                log,
-                gather,
-                row,
-                slot,
-                old,
-                longest,
-                channels,
-                TAPS,
-                DRAFTS,
-            )
-            out += seen * tap
+            tap = tl.load(taps + (channel * TAPS + k), mask=real, other=0.0).to(tl.float32)
+            at = place + (k - TAPS + 1)
+            out += tap * _window(at, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS)
         if BIASED:
             out += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-        token = tl.load(gather + row * longest + place - old, mask=(place >= old) & (place < total), other=0)
-        at = tl.where(place < old, tokens + row * DRAFTS + place, token)
+        token = tl.load(gather + (place - old), mask=(place >= old) & (place < total), other=0)
+        at = tl.where(place < old, replayed + place, token)
         tl.store(mixed + at * channels + channel, out / (1.0 + tl.exp(-out)), mask=inside)
     step = tl.arange(0, TAIL)[:, None]
     inside = (step < TAPS - 1) & real
-    saved = _window(
-        kept + step - (TAPS - 1),
-        channel,
-        inside,
-        inputs,
-        stride,
-        tail,
-        log,
-        gather,
-        row,
-        slot,
-        old,
-        longest,
-        channels,
-        TAPS,
-        DRAFTS,
-    )
+    at = kept + step - (TAPS - 1)
+    saved = _window(at, channel, inside, inputs, stride, tail, log, gather, old, longest, channels, TAPS)
     # Every thread has read tail and log before any writes over them.
     tl.debug_barrier()
-    tl.store(tail + (slot * channels + channel) * (TAPS - 1) + step, saved, mask=inside)
+    tl.store(tail + (channel * (TAPS - 1) + step), saved, mask=inside)
     for place in range(kept, total):
-        token = tl.load(gather + row * longest + place - old)
+        token = tl.load(gather + (place - old))
         new = tl.load(inputs + token * stride + channel, mask=real, other=0.0)
-        tl.store(log + (slot * DRAFTS + place - kept) * channels + channel, new, mask=real)
+        tl.store(log + ((place - kept) * channels + channel), new, mask=real)
