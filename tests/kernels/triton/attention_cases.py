@@ -37,15 +37,15 @@ def _case(name: str, kernel: Any, known: Mapping[str, Any], constexprs: Mapping[
 
 
 def attend_case(
-    keys: Row, values: Row | None, *, rope: Row | None = None, heads: int = 8, group: int = 8, tile: int = 16
+    keys: Row, values: Row | None, *, rope: Row | None = None, heads: int = 8, group: int = 8, queries: int = 8
 ) -> Case:
     """Attention over rows of these layouts; without `values` the keys are the values too."""
     averaged = values or keys
-    options = attend_options(keys, rope, averaged)
+    options = attend_options([row for row in (keys, rope, averaged) if row is not None], queries)
     size = averaged.dim + keys.dim * (values is not None) + (rope.dim if rope else 0)
     names = "/".join(row.code for row in (keys, rope, values) if row is not None)
     return _case(
-        f"attend[{names}] D={keys.dim} G={group} M={tile}",
+        f"attend[{names}] D={keys.dim} G={group} M={options.queries}",
         attend_kernel,
         {
             "first": "*u8",
@@ -70,12 +70,59 @@ def attend_case(
             "OPERAND_V": operand(averaged),
             "WINDOWED": False,
             "ARCH": ARCH,
-            "BLOCK_M": tile,
+            "BLOCK_M": options.queries,
             "BLOCK_N": options.keys,
+            "ACROSS": options.across,
         },
         num_warps=options.warps,
         num_stages=options.stages,
         elements=options.keys * size,
+    )
+
+
+def store_case(row: Row) -> Case:
+    """Storage of one row, framed and rotated where its code is."""
+    framed = "*fp32" if row.code not in {"bf16", "q5_1", "iq4_nl", "turboquant_fp8"} else None
+    rotated = "*i8" if row.code in {"int8", "kv4", "kv3"} else None
+    return _case(
+        f"store[{row.code}] D={row.dim}",
+        store_kernel,
+        {"data": "*u8", "rows": "*bf16", "centre": framed, "scale": framed, "rotation": rotated, "broken": "*i32"},
+        {"ROW": row, "HEADS": 8, "BLOCK_R": 1},
+    )
+
+
+def query_case(row: Row, *, heads: int = 8, group: int = 8) -> Case:
+    """Queries into a frame."""
+    return _case(
+        f"query[{row.code}] D={row.dim}",
+        query_kernel,
+        {
+            "query": "*bf16",
+            "scale": "*fp32" if row.code != "bf16" else None,
+            "rotation": "*i8" if row.code != "bf16" else None,
+            "framed": _TYPES[operand(row)],
+            "factor": "*fp32",
+            "softmax_scale": "fp32",
+        },
+        {"ROW": row, "HEADS": heads, "GROUP": group, "BLOCK_R": 16, "BLOCK_C": 32, "BLOCK_D": row.dim},
+    )
+
+
+def merge_case(row: Row, *, heads: int = 8, group: int = 8) -> Case:
+    """Averages out of their spans and their frame."""
+    framed = "*fp32" if row.code != "bf16" else None
+    return _case(
+        f"merge[{row.code}] D={row.dim}",
+        merge_kernel,
+        {
+            **dict.fromkeys(("average", "largest", "total"), "*fp32"),
+            "centre": framed,
+            "scale": framed,
+            "rotation": "*i8" if row.code != "bf16" else None,
+            "out": "*bf16",
+        },
+        {"ROW": row, "HEADS": heads, "GROUP": group, "SPAN": SPAN, "WINDOWED": False, "BLOCK_R": 16, "BLOCK_D": 16},
     )
 
 
@@ -93,13 +140,31 @@ _GQA: Final = (
     ("q4_0", "q4_0"),
     ("iq4_nl", "iq4_nl"),
 )
+_CODES: Final = ("bf16", "fp8_e4m3", "int8", "kv4", "kv3")
 _MLA: Final = (("bf16", "bf16"), ("fp8_e4m3", "bf16"), ("int8", "int8"), ("kv4", "int8"))
+_SIZES: Final = (16, 32, 64)
 CASES: Final = [
     *(attend_case(Row(key, 128, PAGE), Row(value, 128, PAGE)) for key, value in _GQA),
-    *(attend_case(Row(code, 256, PAGE), Row(code, 256, PAGE)) for code in ("bf16", "fp8_e4m3", "int8", "kv4", "kv3")),
-    *(attend_case(Row(code, 64, PAGE), Row(code, 64, PAGE)) for code in ("bf16", "int8", "kv4")),
+    *(attend_case(Row(code, 256, PAGE), Row(code, 256, PAGE)) for code in _CODES),
+    *(attend_case(Row(code, 64, PAGE), Row(code, 64, PAGE)) for code in _CODES),
     attend_case(Row("int8", 80, PAGE), Row("int8", 80, PAGE)),
+    attend_case(Row("kv3", 80, PAGE), Row("kv3", 80, PAGE)),
     attend_case(Row("f32", 64, PAGE), Row("f32", 64, PAGE)),
-    *(attend_case(Row(code, 128, PAGE), Row(code, 128, PAGE), tile=64) for code in ("bf16", "int8", "kv4")),
-    *(attend_case(Row(latent, 512, PAGE), None, rope=Row(rope, 64, PAGE), heads=1, group=16) for latent, rope in _MLA),
+    *(
+        attend_case(Row(code, dim, PAGE), Row(code, dim, PAGE), queries=queries)
+        for code in _CODES
+        for dim in (128, 256)
+        for queries in _SIZES
+    ),
+    attend_case(Row("q8_0", 128, PAGE), Row("q4_0", 128, PAGE), queries=64),
+    *(
+        attend_case(Row(latent, 512, PAGE), None, rope=Row(rope, 64, PAGE), heads=1, group=16, queries=queries)
+        for latent, rope in _MLA
+        for queries in (16, 64)
+    ),
+    *(store_case(Row(code, 128, PAGE)) for code in (*_CODES, "fp8_e5m2", "turboquant_fp8", "q5_1", "iq4_nl")),
+    *(query_case(Row(code, 128, PAGE)) for code in ("bf16", "int8", "kv4")),
+    *(merge_case(Row(code, 128, PAGE)) for code in ("bf16", "int8", "kv4")),
+    query_case(Row("int8", 512, PAGE), heads=1, group=16),
+    merge_case(Row("int8", 512, PAGE), heads=1, group=16),
 ]

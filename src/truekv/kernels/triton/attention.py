@@ -59,6 +59,7 @@ def attend_kernel(
     ARCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ACROSS: tl.constexpr,  # whether keys are the rows of scores, and queries their columns
 ):
     """Grid: (tiles of query rows, batch rows * kv heads, spans)."""
     row, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
@@ -81,24 +82,18 @@ def attend_kernel(
 
     token_M = tl.load(gather + row * longest + chunk_M, mask=asked_M, other=0)
     query_M = token_M * (HEADS * GROUP) + head * GROUP + place_M % GROUP
-    q_MC = tl.load(
-        query + query_M[:, None] * ROW.columns + tl.arange(0, ROW.columns)[None, :], mask=asked_M[:, None], other=0.0
-    )
+    q = _queries(query, query_M, asked_M, ROW, ACROSS)
     factor_M = tl.load(factor + query_M, mask=asked_M, other=0.0)
     first += head * ROW.head_bytes
     if ROW2 is not None:
-        q2_MC = tl.load(
-            query2 + query_M[:, None] * ROW2.columns + tl.arange(0, ROW2.columns)[None, :],
-            mask=asked_M[:, None],
-            other=0.0,
-        )
+        q2 = _queries(query2, query_M, asked_M, ROW2, ACROSS)
         factor2_M = tl.load(factor2 + query_M, mask=asked_M, other=0.0)
         second += head * ROW2.head_bytes
     if ROW_V is not None:
         value += head * ROW_V.head_bytes
     AVERAGED: tl.constexpr = ROW if ROW_V is None else ROW_V
     COLUMNS: tl.constexpr = AVERAGED.columns
-    average_MC = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    mean = tl.zeros([COLUMNS, BLOCK_M] if ACROSS else [BLOCK_M, COLUMNS], tl.float32)
     largest_M = tl.full([BLOCK_M], LOWEST, tl.float32)
     total_M = tl.zeros([BLOCK_M], tl.float32)
     # A query row of nobody sees what the last one sees, and is not written.
@@ -108,51 +103,84 @@ def attend_kernel(
 
     for block in range(low, high, BLOCK_N):
         key_N = block + tl.arange(0, BLOCK_N)
-        written_N = key_N < end
-        page_N = tl.load(table + key_N // PAGE_TOKENS, mask=written_N, other=0)
-        line_N = key_N % PAGE_TOKENS
-        k_NC, scale_N = read_rows(first, page_N, line_N, written_N, first_page_bytes, ROW, OPERAND, ARCH)
-        score_MN = tl.dot(q_MC, tl.trans(k_NC), input_precision="ieee")
+        first_G = block + PAGE_TOKENS * tl.arange(0, BLOCK_N // PAGE_TOKENS)
+        page_G = tl.load(table + first_G // PAGE_TOKENS, mask=first_G < end, other=0)
+        written_GL = first_G[:, None] + tl.arange(0, PAGE_TOKENS)[None, :] < end
+        k_NC, scale_N = read_rows(first, page_G, written_GL, first_page_bytes, ROW, OPERAND, ARCH, ROW_V is None)
+        score = _scores(q, k_NC, ACROSS)
         if ROW.factored:
-            score_MN *= scale_N[None, :]
-        score_MN *= factor_M[:, None]
+            score *= _key_wise(scale_N, ACROSS)
+        score *= _query_wise(factor_M, ACROSS)
         if ROW2 is not None:
-            k2_NC, scale2_N = read_rows(second, page_N, line_N, written_N, second_page_bytes, ROW2, OPERAND2, ARCH)
-            score2_MN = tl.dot(q2_MC, tl.trans(k2_NC), input_precision="ieee") * factor2_M[:, None]
+            k2_NC, scale2_N = read_rows(
+                second, page_G, written_GL, second_page_bytes, ROW2, OPERAND2, ARCH, VALUES=False
+            )
+            score2 = _scores(q2, k2_NC, ACROSS)
             if ROW2.factored:
-                score2_MN *= scale2_N[None, :]
-            score_MN += score2_MN
-        seen_MN = key_N[None, :] <= last_M[:, None]
+                score2 *= _key_wise(scale2_N, ACROSS)
+            score += score2 * _query_wise(factor2_M, ACROSS)
+        seen = _key_wise(key_N, ACROSS) <= _query_wise(last_M, ACROSS)
         if WINDOWED:
-            seen_MN &= key_N[None, :] > position_M[:, None] - window
-        score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+            seen &= _key_wise(key_N, ACROSS) > _query_wise(position_M - window, ACROSS)
+        score = tl.where(seen, score, float("-inf"))
 
-        raised_M = tl.maximum(largest_M, tl.max(score_MN, 1))
-        weight_MN = tl.exp2(score_MN - (raised_M - 15.0)[:, None])
+        raised_M = tl.maximum(largest_M, tl.max(score, 0 if ACROSS else 1))
+        weight = tl.exp2(score - _query_wise(raised_M - 15.0, ACROSS))
         old_M = tl.exp2(largest_M - raised_M)
-        total_M = total_M * old_M + tl.sum(weight_MN, 1)
+        total_M = total_M * old_M + tl.sum(weight, 0 if ACROSS else 1)
         largest_M = raised_M
         if ROW_V is not None:
-            v_NC, scale_N = read_rows(value, page_N, line_N, written_N, value_page_bytes, ROW_V, OPERAND_V, ARCH)
+            v_NC, scale_N = read_rows(value, page_G, written_GL, value_page_bytes, ROW_V, OPERAND_V, ARCH, VALUES=True)
         else:
             v_NC = k_NC
+        mean *= _query_wise(old_M, ACROSS)
         if AVERAGED.factored:
             # In units of the block's largest scale, so that no product of a weight and a scale is lost in fp16.
             unit = tl.max(tl.abs(scale_N), 0)
             unit = tl.where(unit > 0, unit, 1.0)
-            weight_MN *= (scale_N / unit)[None, :]
-            average_MC = average_MC * old_M[:, None] + unit * tl.dot(
-                weight_MN.to(OPERAND_V), v_NC, input_precision="ieee"
-            )
+            weight *= _key_wise(scale_N / unit, ACROSS)
+            mean += unit * _weighted(weight.to(OPERAND_V), v_NC, None, ACROSS)
         else:
-            average_MC = tl.dot(
-                weight_MN.to(OPERAND_V), v_NC, average_MC * old_M[:, None], input_precision="ieee"
-            )
+            mean = _weighted(weight.to(OPERAND_V), v_NC, mean, ACROSS)
 
     place_of_M = span * tokens * (HEADS * GROUP) + query_M
-    columns_C = tl.arange(0, COLUMNS)
-    tl.store(
-        average + place_of_M[:, None] * COLUMNS + columns_C[None, :], average_MC, mask=asked_M[:, None]
-    )
+    place = _query_wise(place_of_M * COLUMNS, ACROSS) + _key_wise(tl.arange(0, COLUMNS), ACROSS)
+    tl.store(average + place, mean, mask=_query_wise(asked_M, ACROSS))
     tl.store(largest + place_of_M, largest_M, mask=asked_M)
     tl.store(total + place_of_M, total_M, mask=asked_M)
+
+
+@triton.jit
+def _key_wise(x, ACROSS: tl.constexpr):
+    """Spread a number of each key, or column, over the queries."""
+    return x[:, None] if ACROSS else x[None, :]
+
+
+@triton.jit
+def _query_wise(x, ACROSS: tl.constexpr):
+    """Spread a number of each query."""
+    return x[None, :] if ACROSS else x[:, None]
+
+
+@triton.jit
+def _queries(query, query_M, asked_M, ROW: tl.constexpr, ACROSS: tl.constexpr):
+    place = _query_wise(query_M * ROW.columns, ACROSS) + _key_wise(tl.arange(0, ROW.columns), ACROSS)
+    return tl.load(query + place, mask=_query_wise(asked_M, ACROSS), other=0.0)
+
+
+@triton.jit
+def _scores(q, k_NC, ACROSS: tl.constexpr):
+    if ACROSS:
+        score = tl.dot(k_NC, q, input_precision="ieee")
+    else:
+        score = tl.dot(q, tl.trans(k_NC), input_precision="ieee")
+    return score
+
+
+@triton.jit
+def _weighted(weight, v_NC, mean, ACROSS: tl.constexpr):
+    if ACROSS:
+        mean = tl.dot(tl.trans(v_NC), weight, mean, input_precision="ieee")
+    else:
+        mean = tl.dot(weight, v_NC, mean, input_precision="ieee")
+    return mean

@@ -16,27 +16,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-@triton.jit
-def read_rows(data, page_N, line_N, valid_N, PAGE_BYTES, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
-    """Return rows [N, C] in storage order as operands, and a factor [N] that belongs to each row.
 
-    `data` points to one head of the field in page 0. Rows that are not valid are neither read nor meaningful, but
-    finite.
+@triton.jit
+def read_rows(
+    data,
+    page_G,
+    written_GL,
+    page_bytes,
+    ROW: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ARCH: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """Return the rows [N, C] of some pages in storage order as operands, and a factor [N] that belongs to each row.
+
+    `data` points to one head of the field in page 0. Rows that are not written are neither read nor meaningful, but
+    finite. VALUES says that they are averaged, and not only scored.
     """
-    head_N = data + page_N * PAGE_BYTES
-    row_N = head_N + line_N * ROW.code_bytes
-    factor_N = tl.full(line_N.shape, 1.0, tl.float32)
+    # Every page starts at a multiple of 16; the compiler finds out the rest, and reads as wide as it may.
+    head_G = tl.multiple_of(data + page_G * page_bytes, [16])
+    line_L = tl.arange(0, ROW.page_tokens)
+    row_GL1 = (head_G[:, None] + (line_L * ROW.code_bytes)[None, :])[:, :, None]
+    N: tl.constexpr = written_GL.shape[0] * written_GL.shape[1]
+    factor_N = tl.full([N], 1.0, tl.float32)
     if ROW.scaled:
-        scales_N = (head_N + ROW.page_tokens * ROW.code_bytes).to(tl.pointer_type(tl.float16)) + line_N
-        factor_N = tl.load(scales_N, mask=valid_N, other=0.0).to(tl.float32)
+        scales_G = (head_G + ROW.page_tokens * ROW.code_bytes).to(tl.pointer_type(tl.float16))
+        scale_GL = tl.load(scales_G[:, None] + line_L[None, :], mask=written_GL, other=0.0)
+        factor_N = tl.reshape(scale_GL.to(tl.float32), [N])
     if ROW.blocks > 0:
-        values_NC, factor_N = _block_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+        values_NC, factor_N = _block_rows(row_GL1, written_GL, ROW, OPERAND, ARCH)
     elif ROW.code == "kv4":
-        values_NC = _kv4_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+        values_NC = _kv4_rows(row_GL1, written_GL, ROW, OPERAND, ARCH)
     elif ROW.code == "kv3":
-        values_NC = _kv3_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+        values_NC = _kv3_rows(row_GL1, written_GL, ROW, OPERAND, ARCH)
+    elif ROW.code == "f32" or ROW.code == "bf16":
+        values_NC = _plain_rows(row_GL1, written_GL, ROW, OPERAND)
     else:
-        values_NC = _whole_rows(row_N, valid_N, ROW, OPERAND, ARCH)
+        values_NC = _byte_rows(row_GL1, written_GL, ROW, OPERAND, ARCH, VALUES)
     return values_NC, factor_N
 
 
@@ -53,43 +69,43 @@ def dims(ROW: tl.constexpr):
 
 
 @triton.jit
-def _bytes(row_N, valid_N, place_J, ROW: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Load the bytes [N, J] at places of every row."""
-    # Said of the sum, from which the compiler would not find it out: vectors of so many bytes are read at once.
-    address_NJ = tl.multiple_of(row_N, [ALIGNMENT])[:, None] + place_J[None, :]
-    return tl.load(address_NJ, mask=_held(valid_N, place_J, ROW), other=0)
-
-
-@triton.jit
-def _held(valid_N, place_J, ROW: tl.constexpr):
+def _load(row_GL1, written_GL, place_J, ROW: tl.constexpr):
+    """Load what lies at places of every row, [N, J]; 0 where nothing does."""
+    mask = written_GL[:, :, None]
     if ROW.padded:
-        return valid_N[:, None] & (place_J < ROW.places)[None, :]
-    return valid_N[:, None]
+        mask = mask & (place_J < ROW.places)[None, None, :]
+    found = tl.load(row_GL1 + place_J[None, None, :], mask=mask, other=0)
+    return tl.reshape(found, [found.shape[0] * found.shape[1], found.shape[2]])
 
 
 @triton.jit
-def _whole_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
-    """Rows of one number after the other."""
-    ALIGNMENT: tl.constexpr = ROW.alignment
+def _plain_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr):
     column_C = tl.arange(0, ROW.columns)
     if ROW.code == "f32":
-        wide_N = tl.multiple_of(row_N, [ALIGNMENT]).to(tl.pointer_type(tl.float32))
-        values_NC = tl.load(wide_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0.0)
-        return values_NC.to(OPERAND)
-    if ROW.code == "bf16":
-        aligned_N = tl.multiple_of(row_N, [ALIGNMENT])
-        if OPERAND == tl.bfloat16:
-            wide_N = aligned_N.to(tl.pointer_type(tl.bfloat16))
-            return tl.load(wide_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0.0)
-        half_N = aligned_N.to(tl.pointer_type(tl.uint16))
-        bits_NC = tl.load(half_N[:, None] + column_C[None, :], mask=_held(valid_N, column_C, ROW), other=0)
-        return (bits_NC.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(OPERAND)
-    codes_NC = _bytes(row_N, valid_N, column_C, ROW, ALIGNMENT)
+        values_NC = _load(row_GL1.to(tl.pointer_type(tl.float32)), written_GL, column_C, ROW).to(OPERAND)
+    elif OPERAND == tl.bfloat16:
+        values_NC = _load(row_GL1.to(tl.pointer_type(tl.bfloat16)), written_GL, column_C, ROW)
+    else:
+        bits_NC = _load(row_GL1.to(tl.pointer_type(tl.uint16)), written_GL, column_C, ROW)
+        values_NC = (bits_NC.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(OPERAND)
+    return values_NC
+
+
+@triton.jit
+def _byte_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr, VALUES: tl.constexpr):
+    codes_NC = _load(row_GL1, written_GL, tl.arange(0, ROW.columns), ROW)
+    if VALUES:
+        # Else the compiler would gather single bytes out of shared memory, where it transposes halves.
+        codes_NC = tl.reshape(codes_NC, [codes_NC.shape[0], codes_NC.shape[1] // 2, 2])
     if ROW.code == "int8":
-        return _signed(codes_NC, OPERAND, ARCH)
-    if ROW.code == "fp8_e5m2":
-        return _e5m2(codes_NC, OPERAND, ARCH)
-    return _e4m3(codes_NC, OPERAND, ARCH)
+        values_NC = _signed(codes_NC, OPERAND, ARCH)
+    elif ROW.code == "fp8_e5m2":
+        values_NC = _e5m2(codes_NC, OPERAND, ARCH)
+    else:
+        values_NC = _e4m3(codes_NC, OPERAND, ARCH)
+    if VALUES:
+        values_NC = _flat(values_NC)
+    return values_NC
 
 
 @triton.jit
@@ -171,21 +187,20 @@ def _flat(parts_NJP):
 
 
 @triton.jit
-def _kv4_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+def _kv4_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     place_J = tl.arange(0, ROW.columns // 2)
-    codes_NJ = _bytes(row_N, valid_N, place_J, ROW, ROW.alignment)
+    codes_NJ = _load(row_GL1, written_GL, place_J, ROW)
     low_NJ, high_NJ = _pairs(codes_NJ, ROW, OPERAND, ARCH)
     return _flat(tl.join(low_NJ, high_NJ))
 
 
 @triton.jit
-def _kv3_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+def _kv3_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     EIGHTH: tl.constexpr = ROW.dim // 8
-    ALIGNMENT: tl.constexpr = ROW.eighth_alignment
     place_J = tl.arange(0, ROW.columns // 8)
-    even_NJ = _bytes(row_N, valid_N, place_J, ROW, ALIGNMENT)
-    odd_NJ = _bytes(row_N + EIGHTH, valid_N, place_J, ROW, ALIGNMENT)
-    high_NJ = _bytes(row_N + 2 * EIGHTH, valid_N, place_J, ROW, ALIGNMENT)
+    even_NJ = _load(row_GL1, written_GL, place_J, ROW)
+    odd_NJ = _load(row_GL1 + EIGHTH, written_GL, place_J, ROW)
+    high_NJ = _load(row_GL1 + 2 * EIGHTH, written_GL, place_J, ROW)
     if ARCH > 0 and OPERAND == tl.float16:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             ROW.look_up,
@@ -226,52 +241,51 @@ def _eight(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def _block_rows(row_N, valid_N, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
+def _block_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     """Blocks of 32 numbers: header * code, and for two headers + the second."""
     WIDTH: tl.constexpr = 32 // ROW.parts
     place_J = tl.arange(0, ROW.columns // ROW.parts)
     start_J = place_J // WIDTH * ROW.block_bytes
-    held_NJ = valid_N[:, None] & (place_J < ROW.places)[None, :]
-    block_NJ = row_N[:, None] + start_J[None, :]
-    scale_NJ = tl.load(block_NJ.to(tl.pointer_type(tl.float16)), mask=held_NJ, other=0.0).to(tl.float32)
+    scale_NJ = _header(row_GL1, written_GL, start_J, place_J, ROW)
     least_NJ = tl.zeros_like(scale_NJ)
     if ROW.header_bytes == 4:
-        second_NJ = (block_NJ + 2).to(tl.pointer_type(tl.float16))
-        least_NJ = tl.load(second_NJ, mask=held_NJ, other=0.0).to(tl.float32)
-    factor_N = tl.full(valid_N.shape, 1.0, tl.float32)
+        least_NJ = _header(row_GL1, written_GL, start_J + 2, place_J, ROW)
+    factor_N = tl.full([scale_NJ.shape[0]], 1.0, tl.float32)
     if OPERAND != tl.float32:
         largest_N = tl.maximum(tl.max(tl.abs(scale_NJ), 1), tl.max(tl.abs(least_NJ), 1) / 16)
         factor_N = tl.where(largest_N > 0, largest_N, 1.0)
         scale_NJ /= factor_N[:, None]
         least_NJ /= factor_N[:, None]
     scale_NJ, least_NJ = scale_NJ.to(OPERAND), least_NJ.to(OPERAND)
-
-    codes_NJ = tl.load(
-        block_NJ + (ROW.block_bytes - WIDTH) + place_J[None, :] % WIDTH, mask=held_NJ, other=0
-    )
+    at_J = start_J + (ROW.block_bytes - WIDTH) + place_J % WIDTH
+    codes_NJ = _at(row_GL1, written_GL, at_J, place_J, ROW)
     if ROW.code == "q8_0":
         values_NC = _signed(codes_NJ, OPERAND, ARCH) * scale_NJ
+    elif ROW.code == "iq4_nl":
+        low_NJ, high_NJ = _pairs(codes_NJ, ROW, OPERAND, ARCH)
+        values_NC = _flat(tl.join(low_NJ * scale_NJ, high_NJ * scale_NJ))
     else:
-        low_NJ, high_NJ = _block_codes(codes_NJ, block_NJ, place_J, held_NJ, ROW, OPERAND, ARCH)
+        low_NJ, high_NJ = codes_NJ & 15, codes_NJ >> 4
+        if ROW.block_bytes - ROW.header_bytes == 20:
+            # The fifth bits of 32 numbers stand before them, those of a place two bytes apart.
+            bit_J = start_J + ROW.header_bytes + place_J % 16 // 8
+            shift_1J = (place_J % 8).to(tl.uint8)[None, :]
+            low_NJ |= ((_at(row_GL1, written_GL, bit_J, place_J, ROW) >> shift_1J) & 1) << 4
+            high_NJ |= ((_at(row_GL1, written_GL, bit_J + 2, place_J, ROW) >> shift_1J) & 1) << 4
+        OFFSET: tl.constexpr = 0 if ROW.header_bytes == 4 else 8 if ROW.block_bytes == 18 else 16
+        low_NJ, high_NJ = _integers(low_NJ, OFFSET, OPERAND), _integers(high_NJ, OFFSET, OPERAND)
         values_NC = _flat(tl.join(low_NJ * scale_NJ + least_NJ, high_NJ * scale_NJ + least_NJ))
     return values_NC, factor_N
 
 
 @triton.jit
-def _block_codes(
-    codes_NJ, block_NJ, place_J, held_NJ, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr
-):
-    """Codes of the low and of the high four bits of every byte, with the fifth bits that stand before them."""
-    if ROW.code == "iq4_nl":
-        low_NJ, high_NJ = _pairs(codes_NJ, ROW, OPERAND, ARCH)
-    else:
-        low_NJ, high_NJ = codes_NJ & 15, codes_NJ >> 4
-        if ROW.block_bytes - ROW.header_bytes == 20:
-            bit_J = place_J % 16
-            at_NJ = block_NJ + ROW.header_bytes + (bit_J // 8)[None, :]
-            shift_NJ = (bit_J % 8).to(tl.uint8)[None, :]
-            low_NJ |= ((tl.load(at_NJ, mask=held_NJ, other=0) >> shift_NJ) & 1) << 4
-            high_NJ |= ((tl.load(at_NJ + 2, mask=held_NJ, other=0) >> shift_NJ) & 1) << 4
-        OFFSET: tl.constexpr = 0 if ROW.header_bytes == 4 else 8 if ROW.block_bytes == 18 else 16
-        low_NJ, high_NJ = _integers(low_NJ, OFFSET, OPERAND), _integers(high_NJ, OFFSET, OPERAND)
-    return low_NJ, high_NJ
+def _header(row_GL1, written_GL, at_J, place_J, ROW: tl.constexpr):
+    return _at(row_GL1.to(tl.pointer_type(tl.float16)), written_GL, at_J // 2, place_J, ROW).to(tl.float32)
+
+
+@triton.jit
+def _at(row_GL1, written_GL, at_J, place_J, ROW: tl.constexpr):
+    """Load what lies somewhere in every row for each place, [N, J]."""
+    mask = written_GL[:, :, None] & (place_J < ROW.places)[None, None, :]
+    found = tl.load(row_GL1 + at_J[None, None, :], mask=mask, other=0)
+    return tl.reshape(found, [found.shape[0] * found.shape[1], found.shape[2]])

@@ -124,9 +124,7 @@ def merge_kernel(
         top_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
         raised_R = tl.maximum(largest_R, top_R)
         old_R, new_R = tl.exp2(largest_R - raised_R), tl.exp2(top_R - raised_R)
-        part_RC = tl.load(
-            average + at_R[:, None] * ROW.columns + column_C[None, :], mask=read_R[:, None], other=0.0
-        )
+        part_RC = tl.load(average + at_R[:, None] * ROW.columns + column_C[None, :], mask=read_R[:, None], other=0.0)
         mean_RC = mean_RC * old_R[:, None] + part_RC * new_R[:, None]
         total_R = total_R * old_R + tl.load(total + at_R, mask=read_R, other=0.0) * new_R
         largest_R = raised_R

@@ -31,7 +31,14 @@ LONGEST: Final = 1024
 """Numbers of a row: sums of so many on the grid of formats/planes.py are exact in float64."""
 # Parts of a row that share bytes, and the bytes of headers and codes in a block of 32 numbers.
 _PARTS: Final = {"kv4": 2, "kv3": 8, "q5_1": 2, "q5_0": 2, "q4_1": 2, "q4_0": 2, "iq4_nl": 2}
-_BLOCKS: Final = {"q8_0": (2, 32), "q5_1": (4, 20), "q5_0": (2, 20), "q4_1": (4, 16), "q4_0": (2, 16), "iq4_nl": (2, 16)}
+_BLOCKS: Final = {
+    "q8_0": (2, 32),
+    "q5_1": (4, 20),
+    "q5_0": (2, 20),
+    "q4_1": (4, 16),
+    "q4_0": (2, 16),
+    "iq4_nl": (2, 16),
+}
 _BITS: Final = {"f32": 32, "bf16": 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "turboquant_fp8": 8, "int8": 8, "kv4": 4, "kv3": 3}
 _SCALED: Final = ("turboquant_fp8", "int8", "kv4", "kv3")
 _SAME_CODE: Final = {"turboquant_4bit": "kv4", "turboquant_3bit": "kv3"}

@@ -20,7 +20,7 @@ from truekv.kernels.triton.encode import store_kernel
 from truekv.kernels.triton.frames import merge_kernel, query_kernel
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.layout import Row, layout, rotation
-from truekv.kernels.triton.tiles import arch, attend_options, operand, query_tile, span_keys, torch_operand
+from truekv.kernels.triton.tiles import arch, attend_options, operand, span_keys, torch_operand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -101,8 +101,8 @@ def attend(
     framed = [
         _into_frame(query, item, row, scale) for query, item, row in zip(queries, scored, layouts_of, strict=True)
     ]
-    tile = query_tile(group * longest)
-    tiles = triton.cdiv(group * longest, tile)
+    options = attend_options((*layouts_of, row_v), group * longest)
+    tiles = triton.cdiv(group * longest, options.queries)
     span = span_keys(tiles)
     spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, span)
     average = torch.empty(spans, tokens, query_heads, row_v.columns, device=device)
@@ -110,7 +110,6 @@ def attend(
     total = torch.empty_like(largest)
     second = scored[1] if len(scored) > 1 else None
     shared = value is scored[0]
-    options = attend_options(layouts_of[0], None if second is None else layouts_of[1], row_v)
     _launch(
         attend_kernel,
         (tiles, batch * heads, spans),
@@ -147,8 +146,9 @@ def attend(
         OPERAND_V=operand(row_v),
         WINDOWED=window is not None,
         ARCH=arch(device),
-        BLOCK_M=tile,
+        BLOCK_M=options.queries,
         BLOCK_N=options.keys,
+        ACROSS=options.across,
         num_warps=options.warps,
         num_stages=options.stages,
     )

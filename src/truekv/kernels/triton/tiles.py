@@ -12,35 +12,57 @@ from truekv.core.lazy import torch
 from truekv.kernels.triton.interpreter import INTERPRETED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from truekv.kernels.triton.layout import Row
 
 SPAN: Final = 512
 """Keys of one program where the new tokens of a row fit into one tile; fixed, because it fixes the order of sums."""
-_QUERIES: Final = (16, 32, 64)
+_QUERIES: Final = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How the attention kernel is compiled for the rows of a layer."""
 
+    queries: int
+    """Query rows of a tile, which share one kv head."""
     keys: int
-    """Keys of a block."""
+    """Keys of a block: whole pages."""
     warps: int
     stages: int
     """Blocks of keys under way at once."""
 
-
-def attend_options(keys: Row, rope: Row | None, values: Row) -> Options:
-    """Choose by the columns of the widest field."""
-    columns = max(keys.columns, values.columns, rope.columns if rope else 0)
-    if columns <= 128:
-        return Options(128, 4, 3)
-    return Options(64, 4, 3) if columns <= 256 else Options(32, 4, 2)
+    @property
+    def across(self) -> bool:
+        """Whether queries are the columns of scores: products take 8 columns, but 16 rows at least."""
+        return self.queries < 16
 
 
-def query_tile(queries: int) -> int:
-    """Query rows of a program, where so many share a kv head: rows of 16 have the same bits in every tile."""
-    return next((size for size in _QUERIES if size >= queries), _QUERIES[-1])
+def attend_options(rows: Seq[Row], queries: int) -> Options:
+    """Choose for fields of these layouts, and so many query rows that share a kv head.
+
+    Each is the largest block that the compiler keeps in registers for compute capability 9.0, all of it.
+    """
+    blocks, columns = any(row.blocks for row in rows), max(row.columns for row in rows)
+    # Products of float32 take no tensor cores; blocks of 32 keep their headers in registers too.
+    most = 8 if any(row.code == "f32" for row in rows) else 16 if blocks else 32 if columns > 256 else 64
+    tile = next((size for size in _QUERIES if size >= min(queries, most)), most)
+    if most == 8:
+        keys, warps, stages = 32, 4, 2
+    elif columns > 256:
+        packed = blocks or any(row.parts > 1 for row in rows)
+        keys, warps, stages = 32, 8 if tile > 16 or packed else 4, 2
+    elif blocks:
+        keys, warps, stages = 32, 4, 3
+    elif columns > 128:
+        keys, warps, stages = 64 if tile == 8 else 32, 4 if tile <= 16 else 8, 3
+    elif tile <= 16:
+        wide = tile == 8 or all(row.code == "bf16" or row.parts > 1 for row in rows)
+        keys, warps, stages = 128 if wide else 64, 4, 3
+    else:
+        keys, warps, stages = 64, 4, 2
+    return Options(tile, max(keys, rows[0].page_tokens), warps, stages)
 
 
 def span_keys(tiles: int) -> int:
