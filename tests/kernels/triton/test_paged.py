@@ -177,7 +177,7 @@ def test_rows_without_tokens_and_tokens_of_nobody() -> None:
         step,
         owner=torch.cat([step.owner, last]),
         offset=torch.cat([step.offset, zero, zero]),
-        gather=torch.cat([torch.nn.functional.pad(step.gather, (0, 2)), torch.zeros(1, 5, dtype=torch.int64)]),
+        gather=torch.cat([torch.nn.functional.pad(step.gather, (0, 1)), torch.zeros(1, 4, dtype=torch.int64)]),
         position=torch.cat([step.position, zero]),
         count=torch.cat([step.count, zero]),
         pages=torch.nn.functional.pad(torch.cat([step.pages, step.pages]), (0, 20), value=int(step.pages[0, 0])),

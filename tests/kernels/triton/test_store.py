@@ -124,7 +124,7 @@ def test_no_rows_are_stored_without_a_word() -> None:
 
 
 @compiler.jit
-def decode_kernel(data, out, page_bytes, ROW: tl.constexpr):
+def decode_kernel(data, out, page_bytes, ROW: tl.constexpr):  # noqa: ANN001, ANN201 (Triton's types)
     """Decode the lines of page 1 of a field of one head."""
     line = tl.arange(0, ROW.page_tokens)
     written = (line >= 0)[None, :]

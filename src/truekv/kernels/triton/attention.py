@@ -23,7 +23,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def attend_kernel(
+def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share all that they read)
     first,  # field 0 of the layer, which is scored
     second,  # a second field whose scores are added
     value,  # the field that is averaged; equal to the first where ROW_V is None
@@ -170,17 +170,9 @@ def _queries(query, query_M, asked_M, ROW: tl.constexpr, ACROSS: tl.constexpr):
 
 @triton.jit
 def _scores(q, k_NC, ACROSS: tl.constexpr):
-    if ACROSS:
-        score = tl.dot(k_NC, q, input_precision="ieee")
-    else:
-        score = tl.dot(q, tl.trans(k_NC), input_precision="ieee")
-    return score
+    return tl.dot(k_NC if ACROSS else q, q if ACROSS else tl.trans(k_NC), input_precision="ieee")
 
 
 @triton.jit
 def _weighted(weight, v_NC, mean, ACROSS: tl.constexpr):
-    if ACROSS:
-        mean = tl.dot(tl.trans(v_NC), weight, mean, input_precision="ieee")
-    else:
-        mean = tl.dot(weight, v_NC, mean, input_precision="ieee")
-    return mean
+    return tl.dot(tl.trans(v_NC) if ACROSS else weight, weight if ACROSS else v_NC, mean, input_precision="ieee")

@@ -49,7 +49,7 @@ def read_rows(
         values_NC = _kv4_rows(row_GL1, written_GL, ROW, OPERAND, ARCH)
     elif ROW.code == "kv3":
         values_NC = _kv3_rows(row_GL1, written_GL, ROW, OPERAND, ARCH)
-    elif ROW.code == "f32" or ROW.code == "bf16":
+    elif ROW.plain:
         values_NC = _plain_rows(row_GL1, written_GL, ROW, OPERAND)
     else:
         values_NC = _byte_rows(row_GL1, written_GL, ROW, OPERAND, ARCH, VALUES)
@@ -110,7 +110,7 @@ def _byte_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, AR
 
 @triton.jit
 def _e5m2(codes, OPERAND: tl.constexpr, ARCH: tl.constexpr):
-    """The upper byte of an fp16 number."""
+    """Read codes as the upper bytes of fp16 numbers."""
     if ARCH > 0:
         halves = tl.inline_asm_elementwise(
             "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;",
@@ -182,7 +182,7 @@ def _pairs(codes, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def _flat(parts_NJP):
-    """The parts of each place as columns side by side."""
+    """Lay the parts of each place side by side as columns."""
     return tl.reshape(parts_NJP, [parts_NJP.shape[0], parts_NJP.shape[1] * parts_NJP.shape[2]])
 
 

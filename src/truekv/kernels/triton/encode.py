@@ -80,7 +80,7 @@ def store_kernel(
 
 @triton.jit
 def _framed(rows, centre, scale, start_R, head_R, kept_R, dim_C, holds_C, ROW: tl.constexpr):
-    """Some columns (x - centre) / scale of the rows; 0 where nothing is held."""
+    """Return some columns (x - centre) / scale of the rows; 0 where nothing is held."""
     held_RC = kept_R[:, None] & holds_C[None, :]
     x_RC = tl.load(rows + start_R[:, None] + dim_C[None, :], mask=held_RC, other=0.0).to(tl.float32)
     frame_RC = head_R[:, None] * ROW.dim + dim_C[None, :]
@@ -181,7 +181,7 @@ def _exact_sum(x, AXIS: tl.constexpr):
 @triton.jit
 def _lloyd_max(x_RC, ROW: tl.constexpr):
     """Codes of the normalised row, and the scale that gives the decoded row the norm of the row."""
-    dim_C, holds_C = dims(ROW)
+    _, holds_C = dims(ROW)
     largest_R = tl.max(tl.abs(x_RC), 1)
     by_R = tl.where(largest_R > 0, largest_R, 1.0)
     unit_RC = tl.div_rn(x_RC, tl.broadcast_to(by_R[:, None], x_RC.shape))
@@ -245,7 +245,7 @@ def _truncated(x, TOP: tl.constexpr):
 
 @triton.jit
 def _extreme(x_RBI, place_I):
-    """The number of largest magnitude of each block, with its sign; of equals the first."""
+    """Return the number of largest magnitude of each block, with its sign; of equals the first."""
     size_RBI = tl.abs(x_RBI)
     most_RB1 = tl.expand_dims(tl.max(size_RBI, 2), 2)
     first_RB1 = tl.expand_dims(tl.min(tl.where(size_RBI == most_RB1, place_I[None, None, :], 32), 2), 2)
@@ -301,7 +301,7 @@ def _put_header(block_RB, header_RB, wrong_R, held_RB):
 
 @triton.jit
 def _q8_0(x_RBI):
-    """Steps of amax / 127; halves are rounded away from zero."""
+    """Take steps of amax / 127; halves are rounded away from zero."""
     scale_RB = tl.div_rn(tl.max(tl.abs(x_RBI), 2), 127.0)
     value_RBI = x_RBI * _inverse(scale_RB)[:, :, None]
     size_RBI = tl.floor(tl.abs(value_RBI))
@@ -333,7 +333,7 @@ def _affine(x_RBI, place_I, TOP: tl.constexpr):
 
 @triton.jit
 def _table(x_RBI, place_I, ROW: tl.constexpr):
-    """The nearest level of a fixed table, then the scale that fits the levels best with weights x^2."""
+    """Choose the nearest level of a fixed table, then the scale that fits the levels best with weights x^2."""
     first_RB = tl.div_rn(_extreme(x_RBI, place_I), -127.0)
     value_RBI = x_RBI * _inverse(first_RB)[:, :, None]
     code_RBI = tl.zeros(x_RBI.shape, tl.int32)

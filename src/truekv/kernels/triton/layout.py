@@ -128,14 +128,9 @@ class Row:
         return 1 / math.sqrt(self.dim)
 
     @property
-    def alignment(self) -> int:
-        """What the address of every row is a multiple of, as long as pages start at multiples of 16."""
-        return math.gcd(16, self.code_bytes, self.head_bytes)
-
-    @property
-    def eighth_alignment(self) -> int:
-        """What the addresses of the eighths of a row are multiples of."""
-        return math.gcd(self.alignment, self.dim // 8)
+    def plain(self) -> bool:
+        """Whether numbers are stored as they are."""
+        return self.code in {"f32", "bf16"}
 
     def dims(self) -> list[int]:
         """Return the dim of each column, and -1 for those that hold nothing."""
@@ -169,7 +164,7 @@ def layout(stored: Stored) -> Row:
 
 
 def rotation(stored: Stored, row: Row, device: torch.device) -> torch.Tensor:
-    """Return sqrt(dim) times the rotation of a field: int8 [dim, columns] of +1 and -1, and 0 where nothing is stored."""
+    """Return sqrt(dim) times the rotation of a field: int8 [dim, columns] of +1 and -1, and 0 where nothing is held."""
     key = (row.dim, tuple(row.dims()), str(device))
     if key not in _rotations:
         signs, paley = stored.frame.rotation(row.dim)

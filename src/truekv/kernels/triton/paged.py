@@ -24,7 +24,6 @@ from truekv.kernels.triton.tiles import arch, attend_options, operand, span_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
-    from typing import Any
 
     from truekv.core.batch import Step
     from truekv.core.protocols import CacheFormat, Stored
@@ -59,9 +58,7 @@ def store(stored: Stored, rows_TKD: torch.Tensor, step: Step) -> None:
     row, frame = _aligned(stored), stored.frame
     broken = None if is_recording() else torch.zeros(1, dtype=torch.int32, device=rows_TKD.device)
     tile = 32 if INTERPRETED else 1
-    _launch(
-        store_kernel,
-        (triton.cdiv(tokens * heads, tile),),
+    store_kernel[(triton.cdiv(tokens * heads, tile),)](
         stored.data[:, stored.start :],
         rows_TKD,
         frame.centre,
@@ -110,9 +107,7 @@ def attend(
     total = torch.empty_like(largest)
     second = scored[1] if len(scored) > 1 else None
     shared = value is scored[0]
-    _launch(
-        attend_kernel,
-        (tiles, batch * heads, spans),
+    attend_kernel[(tiles, batch * heads, spans)](
         scored[0].data[:, scored[0].start :],
         None if second is None else second.data[:, second.start :],
         None if shared else value.data[:, value.start :],
@@ -163,9 +158,7 @@ def _into_frame(query: torch.Tensor, item: Stored, row: Row, scale: float) -> tu
     framed = torch.empty(tokens, heads, row.columns, dtype=torch_operand(row), device=query.device)
     factor = torch.empty(tokens, heads, device=query.device)
     if tokens:
-        _launch(
-            query_kernel,
-            (triton.cdiv(tokens * heads, 16),),
+        query_kernel[(triton.cdiv(tokens * heads, 16),)](
             query,
             frame.scale,
             rotation(item, row, query.device) if frame.rotated else None,
@@ -201,9 +194,7 @@ def _merge(
     made = dtype if dtype in {torch.float32, torch.bfloat16} and not INTERPRETED else torch.float32
     out = torch.empty(tokens, query_heads, row.dim, dtype=made, device=average.device)
     if tokens:
-        _launch(
-            merge_kernel,
-            (triton.cdiv(tokens * query_heads, 16),),
+        merge_kernel[(triton.cdiv(tokens * query_heads, 16),)](
             average,
             largest,
             total,
@@ -226,10 +217,6 @@ def _merge(
             BLOCK_D=16,
         )
     return out.to(dtype)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel[grid](*arguments, **constants)
 
 
 def _readable(rows: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def attend_options(rows: Seq[Row], queries: int) -> Options:
 
 
 def span_keys(tiles: int) -> int:
-    """Keys of a program; more for more tiles of queries, so that what is merged stays about as large as what is read."""
+    """Return the keys of a program: more for more tiles of queries, so that what is merged does not grow with them."""
     return SPAN * triton.next_power_of_2(tiles)
 
 
