@@ -25,7 +25,7 @@ _STEP: Final = dict.fromkeys("gather position count pages owner offset page line
 def _case(name: str, kernel: Any, known: Mapping[str, Any], constexprs: Mapping[str, Any], **settings: Any) -> Case:
     """Pointers that are None are constants, as they are at run time."""
     names = kernel.arg_names
-    kinds = {item: _STEP.get(item, known.get(item, "i64")) for item in names if item not in constexprs}
+    kinds = {item: known[item] if item in known else _STEP.get(item, "i64") for item in names if item not in constexprs}
     constants = dict(constexprs) | {item: None for item, kind in kinds.items() if kind is None}
     signature = {item: kind for item, kind in kinds.items() if kind is not None}
     divisible = tuple(
@@ -87,7 +87,8 @@ def store_case(row: Row) -> Case:
     return _case(
         f"store[{row.code}] D={row.dim}",
         store_kernel,
-        {"data": "*u8", "rows": "*bf16", "centre": framed, "scale": framed, "rotation": rotated, "broken": "*i32"},
+        {"data": "*u8", "rows": "*bf16", "centre": framed, "scale": framed, "rotation": rotated, "broken": "*i32"}
+        | {"count": "i64"},
         {"ROW": row, "HEADS": 8, "BLOCK_R": 1},
     )
 

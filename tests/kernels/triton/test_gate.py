@@ -19,8 +19,8 @@ TABLE = tomllib.loads((Path(__file__).parent / "gate.toml").read_text())
 CASES = [*attention_cases.CASES, *scan_cases.CASES]
 # One of each kind of code, a rule and a product: the rest takes minutes.
 FEW = (
-    "attend[int8/kv4] D=128 G=8 M=16",
-    "attend[fp8_e4m3/fp8_e4m3] D=128 G=8 M=16",
+    "attend[int8/kv4] D=128 G=8 M=8",
+    "attend[fp8_e4m3/fp8_e4m3] D=128 G=8 M=8",
     "gdn 128x128",
     "mamba2 64x128",
     "prepare[gdn] R=3 4 places",
