@@ -11,13 +11,22 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 BUILD = $(CMAKE) --build build/$@ --parallel 2
 
-.PHONY: demo test campaign mutants check wheel wheel-test sanitize arm64 bench bench-peer clean
+.PHONY: demo test gpu triton-gate campaign mutants check wheel wheel-test sanitize arm64 bench bench-peer clean
 
 demo: $(VENV)/.run
 	$(BIN)/truekv demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# For a machine with a GPU: the kernels on the device, and how fast they are (bench/RESULTS-gpu.md).
+gpu: $(VENV)/.test
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m bench.gpu
+
+# Every Triton kernel compiled for two GPUs and compared with a table, or with WRITE=--write taken into it: minutes.
+triton-gate: $(VENV)/.test
+	$(BIN)/python tools/triton_gate.py $(WRITE)
 
 # A hundred thousand examples where make test draws two thousand: an hour.
 campaign: $(VENV)/.test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +10,12 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Triton decides when it is imported whether its kernels run in the interpreter, and one process runs many files:
+# here they all do, on the CPU. Only make gpu, which says 0, compiles them.
+if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    # The same tests everywhere: without this, device auto would leave the CPU where there is a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Tests that name no number of their own scale with it: fifty times the default.
 settings.register_profile("campaign", max_examples=50 * settings.default.max_examples, deadline=None)
@@ -21,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "campaign: too long for every run; part of make campaign")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; make gpu runs them there")
     config.stash[_LEFT_OUT] = 0
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_Workers(config))

@@ -65,13 +65,17 @@ def _narrow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 class Twins:
     """One model, and the same sequences in two arenas: one run eagerly, the other captured."""
 
-    def __init__(self, checkpoint: Checkpoint, kv: str, backend: str, dtype: Any = "float32") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, kv: str, backend: str, dtype: Any = "float32", device: str = "cpu"
+    ) -> None:
         spec = checkpoint.architecture.spec
         formats = choose_formats(spec, kv, "", dtype)
-        kernels = select(spec, formats, backend=backend)
+        kernels = select(spec, formats, backend=backend, device=device)
         planned = plan(spec, formats, max_model_len=LONGEST, max_num_seqs=SEQUENCES + 1, drafts=DRAFTS, dtype=dtype)
-        self.model: Model = checkpoint.load(dtype, kernels.ops)
-        self.eager, self.captured = (Arena(spec, planned, kernels, poison=True, check_finite=False) for _ in range(2))
+        self.model: Model = checkpoint.load(dtype, kernels.ops, device)
+        self.eager, self.captured = (
+            Arena(spec, planned, kernels, poison=True, check_finite=False, device=device) for _ in range(2)
+        )
         self.graphs = StepGraphs(lambda step: self.model.forward(step, self.captured.layers), self.captured)
         # The twin gives the same slot and page away, so that all later ones are the same.
         self.eager.reserve([Chunk(self.eager.open(), [0])])

@@ -78,6 +78,36 @@ def test_without_a_library_the_reference_runs_and_says_so_once(
         select(model_spec(HYBRID), formats_of(HYBRID), backend="native")
 
 
+def test_auto_is_the_fast_backend_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (gdn(), gqa(dim=64))
+    assert select(model_spec(layers), formats_of(layers)).backend == "native"
+    assert select(model_spec(layers), formats_of(layers), device="cuda").backend == "triton"
+    monkeypatch.setattr(table, "library", lambda: None)
+    assert select(model_spec(layers), formats_of(layers)).backend == "reference"
+
+
+def test_triton_is_refused_on_a_cpu_that_does_not_interpret_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (gqa(dim=64),)
+    assert select(model_spec(layers), formats_of(layers), backend="triton").backend == "triton"
+    monkeypatch.setattr(table, "_interpreted", lambda: False)
+    message = "run on a CUDA device, not on the CPU: use the native backend, or use the reference backend"
+    with pytest.raises(Refused, match=message):
+        select(model_spec(layers), formats_of(layers), backend="triton")
+    assert select(model_spec(layers), formats_of(layers), backend="triton", device="cuda").backend == "triton"
+
+
+def test_without_triton_a_gpu_runs_the_reference_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    table._say_slow.cache_clear()
+    monkeypatch.setattr(table.importlib.util, "find_spec", lambda _: None)
+    layers = (gqa(dim=64),)
+    assert select(model_spec(layers), formats_of(layers), device="cuda").backend == "reference"
+    assert caplog.messages[0].endswith("because triton is not installed: install it")
+    with pytest.raises(Refused, match="triton is not installed: install it, or use the reference backend"):
+        select(model_spec(layers), formats_of(layers), backend="triton", device="cuda")
+
+
 def test_a_rule_without_a_native_scan_runs_in_the_reference_and_the_table_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

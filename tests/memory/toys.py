@@ -82,13 +82,15 @@ def make_arena(
     poison: bool = True,
     backend: str = "auto",
     interval: int | None = None,
+    device: str = "cpu",
     **planned: Any,
 ) -> Arena:
     spec = model_spec(layers)
     formats = formats_of(layers, format_name)
     settings: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": 320, "drafts": 0} | planned
-    kernels = select(spec, formats, backend=backend)
-    return Arena(spec, make_plan(layers, format_name, **settings), kernels, poison=poison, prefix_interval=interval)
+    kernels = select(spec, formats, backend=backend, device=device)
+    planned_memory = make_plan(layers, format_name, **settings)
+    return Arena(spec, planned_memory, kernels, poison=poison, prefix_interval=interval, device=device)
 
 
 def make_plan(layers: tuple[LayerSpec, ...], format_name: str = "f32", **settings: Any) -> MemoryPlan:

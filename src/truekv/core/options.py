@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from truekv.core.errors import Refused
+
+if TYPE_CHECKING:
+    from truekv.core.device import Device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +63,13 @@ class EngineOptions:
     capture: Literal["auto", "on", "off"] = "auto"
     """Replay recorded steps; auto where that is faster than running them."""
     memory: int | None = None
-    """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need."""
+    """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need, on a CUDA device at most
+    what is free there."""
+    device: Device = "auto"
+    """Where weights and memory lie and steps run: cuda where torch sees a CUDA device, else cpu."""
     kernel_backend: str = "auto"
-    """auto, native or reference; auto is native where its library was built and can run every layer."""
+    """auto, triton, native or reference; auto is triton on a CUDA device, and on a CPU native where its library was
+    built, each where it can run every layer."""
     sentinel: bool = True
     """Look at stored rows now and then, and at answers that repeat themselves; report what is wrong."""
     debug_poison: bool = False
@@ -77,6 +84,8 @@ class EngineOptions:
         """Refuse values that no engine could run."""
         for name in ("max_num_seqs", "max_num_batched_tokens", "prefix_checkpoint_interval"):
             _integer(name, getattr(self, name), 1, 1 << 20)
+        if self.device not in {"auto", "cuda", "cpu"}:
+            raise Refused(f"device is {_shown(self.device)}, but must be auto, cuda or cpu")
         if self.capture not in {"auto", "on", "off"}:
             raise Refused(f"capture is {self.capture!r}, but must be auto, on or off")
         for name in ("max_model_len", "memory"):

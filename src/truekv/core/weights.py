@@ -23,6 +23,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
         """Hold every tensor until it is taken."""
         self._tensors = dict(tensors)
         self.ops = ops
+        self.device = next(iter(self._tensors.values())).device
+        """Where they lie, all of them."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Look a tensor up and leave it here; a KeyError if it is not, or no longer, here."""

@@ -14,6 +14,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
+from truekv.core.errors import Refused
 from truekv.core.lazy import torch
 from truekv.core.recording import recording
 from truekv.kernels.native.library import Calls, library
@@ -47,7 +48,8 @@ Recorder: TypeAlias = "Callable[[Callable[[], torch.Tensor]], Replayable]"
 def recorder(device: torch.device) -> Recorder:
     """Return what records functions on a device; all of them share their memory."""
     if device.type == "cuda":
-        return functools.partial(CudaRecording, pool=torch.cuda.graph_pool_handle())
+        with torch.cuda.device(device):
+            return functools.partial(CudaRecording, pool=torch.cuda.graph_pool_handle(), aside=torch.cuda.Stream())
     return functools.partial(Recording, pool=Pool())
 
 
@@ -105,20 +107,43 @@ class Recording:
 
 
 class CudaRecording:
-    """The same as one CUDA graph."""
+    """The same as one CUDA graph. Graphs of one pool overwrite one another's tensors, so take the output at once."""
 
-    def __init__(self, function: Callable[[], torch.Tensor], pool: Any = None) -> None:  # noqa: ANN401 (torch keeps the type to itself)
-        """Run `function` once on a stream aside, so that nothing is set up during the capture, and capture it."""
-        self.host_reads: tuple[str, ...] = ()  # CUDA itself refuses to capture them
+    def __init__(
+        self,
+        function: Callable[[], torch.Tensor],
+        pool: Any = None,  # noqa: ANN401 (torch keeps the type to itself)
+        aside: torch.cuda.Stream | None = None,
+    ) -> None:
+        """Run `function` once on a stream aside and capture it; the first run is real, the capture only looks on.
+
+        The first run compiles and loads every kernel and makes the libraries' workspaces, none of which a
+        capture may do. Raises Refused for a function that waits for the device, which CUDA does not capture.
+        """
+        self.host_reads: tuple[str, ...] = ()
+        # What the graph reads must stay where it is.
+        self._function = function
         self._graph = torch.cuda.CUDAGraph()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(), recording():
+        aside = aside or torch.cuda.Stream()
+        with torch.cuda.device(aside.device), torch.inference_mode(), recording():
+            aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 function()
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(self._graph, pool=pool):
-                self._output = function()
+            # An error of the warm-up would otherwise show in the capture.
+            torch.cuda.synchronize()
+            try:
+                # Other threads may go on using the device: what they do is no part of this stream.
+                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                    self._output = function()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = next(iter(str(error).splitlines()), "no reason given")
+                raise Refused(
+                    f"a step of this model cannot be captured as a CUDA graph ({reason[:200]}); turn capture off, or "
+                    "use the triton kernels"
+                ) from error
 
     def replay(self) -> torch.Tensor:
         """See Replayable."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import pkgutil
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from truekv.core.errors import Refused
 from truekv.core.folder import choose, members
+from truekv.core.lazy import torch
 from truekv.core.spec import Paged, Recurrent
 from truekv.kernels.native.library import library
 
@@ -21,12 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from truekv.core.batch import Step
-    from truekv.core.lazy import torch
     from truekv.core.ops import Ops
     from truekv.core.protocols import CacheFormat, ScanKernel, Stored
     from truekv.core.spec import LayerSpec, ModelSpec
 
 Formats = tuple["CacheFormat", ...]
+TRITON: Final = "triton"
 NATIVE: Final = "native"
 REFERENCE: Final = "reference"
 _NOT_BUILT: Final = "no native library was built: install truekv again where there is a C++ compiler"
@@ -108,21 +110,27 @@ class Kernels:
 
 
 def select(
-    spec: ModelSpec, formats: Seq[Formats | None], draft_formats: Seq[Formats | None] = (), backend: str = "auto"
+    spec: ModelSpec,
+    formats: Seq[Formats | None],
+    draft_formats: Seq[Formats | None] = (),
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> Kernels:
     """Choose the kernels of a model, or refuse before anything is allocated.
 
     `formats` holds one tuple per layer of `spec.layers`, with one format per field of a paged
     layer and none otherwise; `draft_formats` likewise for `spec.draft_layers`, or nothing.
-    `backend` names a folder beside this file, or is auto: native where its library was built and
-    refuses no layer, else reference. A rule that the backend has no scan for runs in the reference.
+    `backend` names a folder beside this file, or is auto: triton on a CUDA device and native on the
+    CPU, where it is there and refuses no layer, else reference. A rule that the backend has no scan
+    for runs in the reference.
     """
     layers = list(zip(spec.layers, formats, strict=True))
     if draft_formats:
         layers += zip(spec.draft_layers, draft_formats, strict=True)
-    chosen = _fastest(layers) if backend == "auto" else choose("kernel backend", backend, _backends())
-    if chosen == NATIVE and library() is None:
-        raise Refused(f"{_NOT_BUILT}, or use the reference backend")
+    kind = torch.device(device).type
+    chosen = _fastest(layers, kind) if backend == "auto" else choose("kernel backend", backend, _backends())
+    if reason := _missing(chosen, kind):
+        raise Refused(f"{reason}, or use the reference backend")
     paged = _paged(chosen)
     scans = {rule: (name, kernel) for name in (REFERENCE, chosen) for rule, kernel in _scans(name).items()}
     rows: dict[str, str] = {}
@@ -144,19 +152,39 @@ def select(
     return Kernels(chosen, paged, kernels, _ops(chosen), tuple(rows.items()))
 
 
-def fastest_ops() -> Ops:
-    """Return the operations of the fastest backend that is there, for a pass that stores rows as they are."""
-    return _ops(NATIVE if library() else REFERENCE)
+def fastest_ops(device: torch.device | str = "cpu") -> Ops:
+    """Return the operations of a device's fastest backend that is there, for a pass that stores rows as they are."""
+    return _ops(_fastest((), torch.device(device).type))
 
 
-def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]]) -> str:
-    """Return the native backend if it can run every paged layer, else the reference."""
-    reasons = (_refusal(NATIVE, layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
-    reason = (next((text for text in reasons if text), None)) if library() else _NOT_BUILT
+def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]], device: str) -> str:
+    """Return the fast backend of a kind of device if it can run every paged layer, else the reference."""
+    fast = TRITON if device == "cuda" else NATIVE
+    reason = _missing(fast, device)
     if reason is None:
-        return NATIVE
+        reasons = (_refusal(fast, layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
+        reason = next((text for text in reasons if text), None)
+    if reason is None:
+        return fast
     _say_slow(reason)
     return REFERENCE
+
+
+def _missing(backend: str, device: str) -> str | None:
+    """Return why a backend cannot run on a kind of device, with what to do about it, or None."""
+    if backend == NATIVE and device == "cuda":
+        return "the native kernels run on the CPU alone: use device cpu or the triton backend"
+    if backend == NATIVE and library() is None:
+        return _NOT_BUILT
+    if backend == TRITON and importlib.util.find_spec("triton") is None:
+        return "triton is not installed: install it"
+    if backend == TRITON and device == "cpu" and not _interpreted():
+        return "the triton kernels run on a CUDA device, not on the CPU: use the native backend"
+    return None
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module(f"{__package__}.{TRITON}.interpreter").INTERPRETED)
 
 
 @functools.cache

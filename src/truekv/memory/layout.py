@@ -43,7 +43,7 @@ def lay_out(rows: Seq[tuple[Sequence, int, list[int], int]], page_tokens: int, d
         "page": [item.pages[position // page_tokens] for item, position in places],
         "line": [position % page_tokens for _, position in places],
     }
-    # One tensor, so that a device gets all of it at once.
+    # One tensor and one copy: each on its own would make the host wait for the device.
     numbers = torch.tensor(list(itertools.chain.from_iterable(values.values())), dtype=torch.int64, device=device)
     parts = torch.split(numbers, [len(part) for part in values.values()])
     views = dict(zip(values, parts, strict=True))

@@ -237,7 +237,7 @@ class DecoderShape:
         ]
         final = norm(weights, f"{prefix}norm", self.eps, zero_centred=self.zero_centred)
         head = Head(final, embedding if self.tied else weights.linear("lm_head"))
-        model = Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, weights.ops))
+        model = Decoder(self.spec, Embedding(embedding), layers, head, Rotary(self.rope, weights.ops, weights.device))
         if self.draft is not None and self.drafted:
             model.draft_head = self.draft.build(weights, model, self.eps, zero_centred=self.zero_centred)
         return model

@@ -131,5 +131,5 @@ class HybridShape:
                 for index, layer in enumerate(self.layers)
             ],
             Head(final_norm, embedding if self.tied else weights.linear("lm_head"), self.logits_scale),
-            None if self.rope is None else Rotary(self.rope, weights.ops),
+            None if self.rope is None else Rotary(self.rope, weights.ops, weights.device),
         )

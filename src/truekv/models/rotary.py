@@ -172,11 +172,11 @@ class Angles:
 class Rotary:
     """Makes a step's angles; nothing is tabled ahead, so no length is baked in."""
 
-    def __init__(self, rope: Rope, ops: Ops) -> None:
-        """Compute the frequencies once, in float32 whatever the model's dtype."""
+    def __init__(self, rope: Rope, ops: Ops, device: torch.device | str = "cpu") -> None:
+        """Compute the frequencies once, in float32 whatever the model's dtype, and the same on every device."""
         self.rope = rope
         self.ops = ops
-        self.frequencies_P = rope.frequencies()
+        self.frequencies_P = rope.frequencies().to(device)
 
     def angles(self, positions: torch.Tensor) -> Angles:
         """Return the angles of [T] positions."""

@@ -98,6 +98,12 @@ class Checkpoint:
         used = (self.headers[name] for name in self.tensors if name in self.headers)
         return sum(header.end - header.start for header in used)
 
+    def bytes_in(self, dtype: str) -> int:
+        """Bytes of the weights in a compute dtype: as stored if that is the checkpoint's, else converted."""
+        if dtype == self.architecture.spec.dtype and self.headers:
+            return self.weight_bytes
+        return self.parameters * (4 if dtype == "float32" else 2)
+
     @functools.cached_property
     def digest(self) -> str:
         """What identifies the model: a hash of config, header table and samples of the weights.
@@ -157,8 +163,8 @@ class Checkpoint:
             case _:
                 raise Refused(f"dtype is {quoted(asked)}, but must be auto, float32 or bfloat16")
 
-    def load(self, dtype: str = "auto", ops: Ops = REFERENCE) -> Model:
-        """Check, read and convert every weight to `dtype`, and build the model on a backend's operations.
+    def load(self, dtype: str = "auto", ops: Ops = REFERENCE, device: torch.device | str = "cpu") -> Model:
+        """Check, read and convert every weight to `dtype` on a device, and build the model on a backend's operations.
 
         Parameters that the architecture lists in `float32` (regular expressions, full match) keep
         that precision. Raises Corrupted for a weight that is NaN or infinite.
@@ -170,7 +176,7 @@ class Checkpoint:
         weights: dict[str, torch.Tensor] = {}
         for name, stored in _tensors(self.directory, {name: self.headers[name] for name in self.tensors}):
             # A copy even when the dtype is right: a mapped file that shrinks later would kill the process.
-            tensor = stored.to(torch.float32 if exact.fullmatch(name) else compute, copy=True)
+            tensor = stored.to(device, torch.float32 if exact.fullmatch(name) else compute, copy=True)
             if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
                 raise Corrupted(f"{self.directory}: weight {quoted(name)} holds NaN or infinity; download it again")
             weights[name] = tensor

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import truekv
+from truekv.core.device import choose_device
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
-from truekv.kernels.table import NATIVE
+from truekv.kernels.table import NATIVE, TRITON
 
 if TYPE_CHECKING:
     from truekv.core.batch import Step
@@ -35,6 +36,8 @@ EMBEDDED: Final = ("tiny-hybrid", "tiny-mla", "tiny-dense")
 """Models that come with the package; their names work wherever a model is named."""
 # In a folder of its own: other engines load every safetensors file that lies beside config.json.
 FRAMES_FILE: Final = "truekv/kv_cache_frames.safetensors"
+DEVICE_SHARE: Final = 0.9
+"""Of a CUDA device's free memory, for weights, rows and states; the rest is for what a step computes."""
 
 Measured = Mapping[tuple[int, str], "Frame"]
 Formats = tuple["tuple[CacheFormat, ...] | None", ...]
@@ -53,6 +56,7 @@ class Blueprint:
     plan: MemoryPlan
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
+    device: torch.device
 
 
 def locate(model: str) -> str:
@@ -82,27 +86,34 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     formats = choose_formats(spec, *asked)
     draft_formats = choose_formats(spec, *asked, draft=True) if predicts else None
     names, draft_names = ([chosen or () for chosen in group] for group in (formats, draft_formats or ()))
-    kernels = select(spec, names, draft_names, backend=options.kernel_backend)
-    planned = plan(
+    device = choose_device(options.device)
+    kernels = select(spec, names, draft_names, backend=options.kernel_backend, device=device)
+    divided = functools.partial(
+        plan,
         spec,
         formats,
         draft_formats=draft_formats,
-        memory=options.memory,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         drafts=options.drafts,
         dtype=dtype,
         checkpoints=None if options.enable_prefix_caching else 0,
         # A captured step's padding is a sequence of its own.
-        scratch=int(captures(options, kernels)),
+        scratch=int(captures(options, kernels, device)),
     )
+    planned = divided(memory=options.memory)
+    if options.memory is None and device.type == "cuda":
+        weights = checkpoint.bytes_in(dtype)
+        room = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) - weights
+        if planned.total_bytes > room:
+            planned = divided(memory=max(0, room), reserved=weights)
     _fits_guesses(options, planned)
     measured = _measured(checkpoint, options.kv_cache_frames, model)
     _permit(spec, formats, draft_formats or (), measured, model)
     tokenizer = Tokenizer.open(checkpoint.directory)
     template = ChatTemplate.open(checkpoint.directory)
     checkpoint.check()
-    return Blueprint(checkpoint, options, dtype, formats, measured, kernels, planned, tokenizer, template)
+    return Blueprint(checkpoint, options, dtype, formats, measured, kernels, planned, tokenizer, template, device)
 
 
 def build(blueprint: Blueprint) -> Engine:
@@ -116,8 +127,8 @@ def build(blueprint: Blueprint) -> Engine:
     from truekv.trust.sentinel import Sentinel
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
-    model = checkpoint.load(blueprint.dtype, blueprint.kernels.ops)
-    captured = captures(options, blueprint.kernels)
+    model = checkpoint.load(blueprint.dtype, blueprint.kernels.ops, blueprint.device)
+    captured = captures(options, blueprint.kernels, blueprint.device)
     arena = Arena(
         model.spec,
         plan,
@@ -127,9 +138,10 @@ def build(blueprint: Blueprint) -> Engine:
         # What is replayed cannot stop half-way; the runner looks at the numbers that come out.
         check_finite=not captured,
         prefix_interval=options.prefix_checkpoint_interval if options.enable_prefix_caching else None,
+        device=blueprint.device,
     )
-    # Captured steps come first: what their padding holds is nobody's any more.
 
+    # Captured steps come first: what their padding holds is nobody's any more.
     def forward(step: Step) -> torch.Tensor:
         return model.forward(step, arena.layers)
 
@@ -154,9 +166,12 @@ def build(blueprint: Blueprint) -> Engine:
     )
 
 
-def captures(options: EngineOptions, kernels: Kernels) -> bool:
+def captures(options: EngineOptions, kernels: Kernels, device: torch.device) -> bool:
     """Whether small steps are recorded and replayed: docs/decisions/capture.md says where that pays."""
-    return options.capture == "on" or (options.capture == "auto" and kernels.backend == NATIVE)
+    if options.capture == "on" and kernels.backend == TRITON and device.type == "cpu":
+        raise Refused("kernels in Triton's interpreter cannot be captured; turn capture off, or use a CUDA device")
+    fastest = TRITON if device.type == "cuda" else NATIVE
+    return options.capture == "on" or (options.capture == "auto" and kernels.backend == fastest)
 
 
 def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) -> Drafter | None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from truekv.core.device import choose_device
 from truekv.core.errors import Refused
 from truekv.engine.tokens import Tokenizer, end_tokens
 from truekv.models.weights import Checkpoint
@@ -21,6 +22,8 @@ from truekv.trust.export import export as write_layout
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from truekv.core.device import Device
+    from truekv.core.lazy import torch
     from truekv.trust.calibrate import Calibration
     from truekv.trust.export import Scales
 
@@ -28,7 +31,16 @@ _COUNT: Final = 48
 """Conversations that are made up when the user gives none."""
 
 
-def run(model: str, *, prompts: str | None, output: str | None, export: str | None, seed: int, as_json: bool) -> int:
+def run(
+    model: str,
+    *,
+    prompts: str | None,
+    output: str | None,
+    export: str | None,
+    seed: int,
+    as_json: bool,
+    device: Device = "auto",
+) -> int:
     """Calibrate, write truekv/kv_cache_frames.safetensors, print a table (or one JSON object), and return 0.
 
     `prompts`: a JSONL file, each line a text, a list of messages, or an object with "messages" (and
@@ -41,7 +53,7 @@ def run(model: str, *, prompts: str | None, output: str | None, export: str | No
     path = _writable(Path(output) if output else checkpoint.directory / FRAMES_FILE)
     layout = _layout(checkpoint, export) if export else None
     rendered = _render(checkpoint, prompts, seed, model)
-    calibration = _measure(checkpoint, rendered, seed, model)
+    calibration = _measure(checkpoint, rendered, seed, model, choose_device(device))
     written = [str(path)]
     if layout is not None:
         written += map(str, _export(checkpoint, calibration, *layout))
@@ -138,13 +150,15 @@ def _tokens(line: Any, where: str, tokenizer: Tokenizer, template: ChatTemplate 
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 
-def _measure(checkpoint: Checkpoint, prompts: Sequence[list[int]], seed: int, model: str) -> Calibration:
+def _measure(
+    checkpoint: Checkpoint, prompts: Sequence[list[int]], seed: int, model: str, device: torch.device
+) -> Calibration:
     from truekv.kernels.table import fastest_ops
     from truekv.serve.progress import Bar
     from truekv.trust.calibrate import calibrate
 
     dtype = checkpoint.compute_dtype("auto")
-    loaded = checkpoint.load(dtype, fastest_ops())
+    loaded = checkpoint.load(dtype, fastest_ops(device), device)
     with Bar("running prompts") as bar:
         return calibrate(
             loaded,
@@ -154,6 +168,7 @@ def _measure(checkpoint: Checkpoint, prompts: Sequence[list[int]], seed: int, mo
             weights=checkpoint.digest,
             ends=end_tokens(checkpoint.directory, Tokenizer.open(checkpoint.directory)),
             seed=seed,
+            device=device,
             progress=bar.update,
         )
 

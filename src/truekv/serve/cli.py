@@ -24,6 +24,7 @@ from truekv.serve.flags import (
     MaxModelLen,
     Messages,
     Model,
+    OnDevice,
     SamplingFlags,
     cache_dtype,
     grouped,
@@ -202,6 +203,7 @@ def calibrate(
         str | None, typer.Option(metavar="LAYOUT=DIR", help="Also write fp8 scales for vllm or sglang.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Which of the prompts go into which set.")] = 0,
+    device: OnDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Measure the frames that calibrated formats need, on real prompts through real memory.
@@ -210,7 +212,7 @@ def calibrate(
     """
     from truekv.serve.calibrate import run
 
-    return run(model, prompts=prompts, output=output, export=export, seed=seed, as_json=as_json)
+    return run(model, prompts=prompts, output=output, export=export, seed=seed, device=device, as_json=as_json)
 
 
 @app.command()

@@ -71,9 +71,13 @@ Backend = Annotated[
     typer.Option(
         "--kernel-backend",
         metavar="NAME",
-        help="auto, native or reference; auto is native where it was built.",
-        rich_help_panel="KV cache",
+        help="auto, triton, native or reference; auto is the fastest of the device.",
+        rich_help_panel="Engine",
     ),
+]
+OnDevice = Annotated[
+    Literal["auto", "cuda", "cpu"],
+    typer.Option("--device", help="Where to run; auto is cuda if there is one.", rich_help_panel="Engine"),
 ]
 
 
@@ -230,6 +234,7 @@ class EngineFlags:
         typer.Option(help="Replay recorded steps; auto where that is faster.", rich_help_panel="Engine"),
     ] = "auto"
     dtype: Dtype = "auto"
+    device: OnDevice = "auto"
     kernel_backend: Backend = "auto"
 
     def options(self, max_num_seqs: int = 1) -> EngineOptions:

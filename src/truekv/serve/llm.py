@@ -38,6 +38,7 @@ class EngineKeywords(TypedDict, total=False):
     prefix_checkpoint_interval: int
     capture: Literal["auto", "on", "off"]
     memory: int | None
+    device: Literal["auto", "cuda", "cpu"]
     kernel_backend: str
     sentinel: bool
     debug_poison: bool

@@ -102,10 +102,7 @@ class Request:
         """Bytes of the weights in the compute dtype: as stored if that is the checkpoint's, else converted."""
         if self.weights is not None:
             return self.weights
-        compute = self.checkpoint.compute_dtype(self.options.dtype)
-        if compute == self.checkpoint.architecture.spec.dtype and self.checkpoint.headers:
-            return self.checkpoint.weight_bytes
-        return self.checkpoint.parameters * (4 if compute == "float32" else 2)
+        return self.checkpoint.bytes_in(self.checkpoint.compute_dtype(self.options.dtype))
 
     def _least(self, spec: ModelSpec, formats: Sequence[Chosen]) -> int:
         """Bytes of memory with which the weights and the contexts asked for fit."""

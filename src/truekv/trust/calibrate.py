@@ -81,19 +81,21 @@ def calibrate(
     ends: frozenset[int] = frozenset(),
     decode: int = 32,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Measure a model on prompts of token ids, each ending where the model would answer.
 
     Every prompt is stored and then continued greedily for up to `decode` tokens, or to one of `ends`,
     through an unquantized float32 cache; watching changes nothing. `dtype`: what the model computes
-    in. `source` and `weights` (Checkpoint.digest) say in the frames' provenance what was measured.
+    in, and `device` where it lies. `source` and `weights` (Checkpoint.digest) say in the frames'
+    provenance what was measured.
     `progress` is told (prompts done, prompts in all). Raises Refused when there is too little to
     measure on, when the two halves disagree, or when a number is no usable scale; Corrupted when a
     row is not finite.
     """
     first, second, held_out = _divide(prompts, seed)
-    session = Session(model, dtype, max(map(len, prompts)) + decode, ends, decode)
+    session = Session(model, dtype, max(map(len, prompts)) + decode, ends, decode, device)
     done = 0
 
     def run(part: Sequence[Sequence[int]], sinks: Mapping[Place, Sink]) -> None:

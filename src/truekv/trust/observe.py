@@ -82,7 +82,7 @@ class Check:
     def see(self, rows_THD: torch.Tensor, queries_TQD: torch.Tensor | None) -> None:
         """Count."""
         del queries_TQD
-        size = self.frame.rows(rows_THD).abs()
+        size = self.frame.rows(rows_THD.cpu()).abs()
         self.numbers += size.numel()
         self.clipped += int((size > FP8_TOP).sum())
         self.subnormal += int(((size > 0) & (size < _SMALLEST_NORMAL)).sum())
@@ -157,7 +157,13 @@ class Session:
     """A model and an unquantized memory whose paged layers are watched, those of its prediction head included."""
 
     def __init__(
-        self, model: Model, dtype: Literal["float32", "bfloat16"], longest: int, ends: frozenset[int], decode: int
+        self,
+        model: Model,
+        dtype: Literal["float32", "bfloat16"],
+        longest: int,
+        ends: frozenset[int],
+        decode: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Allocate float32 rows for BATCH sequences of `longest` tokens; refuse a model without rows."""
         spec, head = model.spec, model.draft_head
@@ -172,7 +178,7 @@ class Session:
         formats = [chosen or () for chosen in choose_formats(spec, "f32", "", dtype)]
         drafts = [chosen or () for chosen in choose_formats(spec, "f32", "", dtype, draft=True)] if head else None
         layout = plan(spec, formats, draft_formats=drafts, max_model_len=longest, max_num_seqs=BATCH, dtype=dtype)
-        self._arena = Arena(spec, layout, select(spec, formats, drafts or ()))
+        self._arena = Arena(spec, layout, select(spec, formats, drafts or (), device=device), device=device)
         self._spec, self._layers = spec, (*self._arena.layers, *self._arena.draft_layers)
         self._headed = None if head is None else Headed(model, head, self._arena)
         self._runner = Runner(self._headed or model, self._arena)

@@ -81,7 +81,7 @@ class Shadow:
     ) -> tuple[MemoryPlan, Kernels, Mapping[tuple[int, str], Frame]]:
         spec = self._model.spec
         layout = plan(spec, formats, max_model_len=self.window, dtype=arena.plan.dtype)
-        return layout, select(spec, formats, backend=arena.kernels.backend), frames
+        return layout, select(spec, formats, backend=arena.kernels.backend, device=arena.device), frames
 
     def _residuals(
         self, tokens: list[int], layout: MemoryPlan, kernels: Kernels, frames: Mapping[tuple[int, str], Frame]

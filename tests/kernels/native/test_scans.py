@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import random
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
+from kernels.scans import SLOTS, Case, far, name_of, random_case
 from memory.toys import Toy, gdn, make_arena, mamba2, random_tokens, states
 
-from truekv.core.batch import Chunk, Step
+from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.folder import members
 from truekv.kernels.native import library as native
@@ -45,14 +45,6 @@ LAYERS = (
     mamba2(heads=5, head_dim=64, groups=1, size=128, taps=3),
 )
 SMALL = (LAYERS[0], LAYERS[2], LAYERS[4], LAYERS[6], LAYERS[8], LAYERS[9])
-SLOTS, DRAFTS = 7, 5
-
-
-def name_of(value: object) -> str:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    layer = cast("Recurrent", value)
-    return f"{layer.rule}-{'x'.join(map(str, layer.state[0].shape))}-{layer.state[1].shape[1] + 1}"
 
 
 @pytest.fixture(params=ISAS)
@@ -62,95 +54,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@dataclasses.dataclass
-class Case:
-    """A layer's inputs, weights and memory, and a step over some of its slots."""
-
-    layer: Recurrent
-    inputs: dict[str, torch.Tensor]
-    weights: dict[str, torch.Tensor]
-    state: dict[str, torch.Tensor]
-    log: dict[str, torch.Tensor]
-    step: Step
-
-    def run(self, scan: ScanKernel) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the output and what memory holds afterwards; the case stays as it is."""
-        state = {name: slab.clone() for name, slab in self.state.items()}
-        log = {name: slab.clone() for name, slab in self.log.items()}
-        return scan(self.layer, self.inputs, self.weights, state, log, self.step), state, log
-
-
-def random_case(layer: Recurrent, dtype: torch.dtype, seed: int) -> Case:
-    """Rows of any length in any slots, any number replayed, any number drafts; all else in memory is NaN."""
-    chance, make = random.Random(seed), torch.Generator().manual_seed(seed)
-    rows = chance.randint(1, 5)
-    counts = [chance.choice((0, 1, 1, 2, 5, 31, 32, 33, 70)) for _ in range(rows)]
-    counts[chance.randrange(rows)] = chance.randint(1, 40)
-    drafts = [chance.randint(0, min(count, DRAFTS)) for count in counts]
-    replay = [chance.randint(0, DRAFTS) for _ in counts]
-    slots = chance.sample(range(SLOTS), rows)
-    heads, tokens = layer.state[0].shape[0], sum(counts)
-
-    def some(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=make)
-
-    def per_head(*leading: int) -> dict[str, torch.Tensor]:
-        if layer.rule == "gdn":
-            return {"beta": some(*leading, heads).sigmoid(), "decay": -some(*leading, heads).abs()}
-        return {"dt": some(*leading, heads).abs()}
-
-    channels, width = layer.state[1].shape
-    weights = {"conv": some(channels, width + 1).to(dtype)}
-    if layer.rule == "mamba2":
-        weights |= {"conv_bias": some(channels).to(dtype), "A": -some(heads).abs(), "D": some(heads)}
-    state = {"state": some(SLOTS, *layer.state[0].shape), "conv": some(SLOTS, channels, width).to(dtype)}
-    log = {"conv": some(SLOTS, DRAFTS, channels).to(dtype), **per_head(SLOTS, DRAFTS)}
-    for slot in range(SLOTS):
-        logged = replay[slots.index(slot)] if slot in slots else 0
-        for slab in log.values():
-            slab[slot, logged:] = torch.nan
-        for slab in () if slot in slots else state.values():
-            slab[slot] = torch.nan
-    inputs = {"conv": some(tokens, channels + 3)[:, 2:-1].to(dtype), **per_head(tokens)}
-    return Case(layer, inputs, weights, state, log, make_step(counts, drafts, replay, slots))
-
-
-def make_step(counts: list[int], drafts: list[int], replay: list[int], slots: list[int]) -> Step:
-    starts = [sum(counts[:row]) for row in range(len(counts))]
-    tokens, longest = sum(counts), max(counts)
-    unused = torch.zeros(tokens, dtype=torch.int64)
-    return Step(
-        tokens=unused,
-        positions=unused,
-        owner=torch.tensor([row for row, count in enumerate(counts) for _ in range(count)]),
-        offset=torch.tensor([place for count in counts for place in range(count)]),
-        gather=torch.tensor(
-            [
-                [min(start + min(place, max(count - 1, 0)), tokens - 1) for place in range(longest)]
-                for start, count in zip(starts, counts, strict=True)
-            ]
-        ),
-        position=torch.tensor(replay),
-        count=torch.tensor(counts),
-        certain=torch.tensor([count - drafted for count, drafted in zip(counts, drafts, strict=True)]),
-        replay=torch.tensor(replay),
-        slot=torch.tensor(slots),
-        pages=unused[None],
-        page=unused,
-        line=unused,
-    )
-
-
 @functools.cache
 def expected_of(layer: Recurrent, dtype: torch.dtype, seed: int) -> tuple[Case, Any]:
     """A case and what the reference makes of it; slow, so once for all instruction sets."""
     case = random_case(layer, dtype, seed)
     return case, case.run(REFERENCE[layer.rule])
-
-
-def far(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, as a fraction of the largest number."""
-    return float((got - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)

@@ -123,6 +123,7 @@ class Stage:
 
     def _design(self, kv_cache_dtype: str, sequences: int, drafts: int) -> Blueprint:
         options = EngineOptions(
+            device="cpu",
             dtype="float32",
             kv_cache_dtype=kv_cache_dtype,
             max_model_len=ROOM,

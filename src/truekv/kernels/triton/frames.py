@@ -1,0 +1,162 @@
+"""Into frames and out of them, outside of the loop that reads the cache: queries before it, merged averages after it.
+
+See formats/frame.py: a query meets stored keys as H(s * q), and an average o of stored values means c + s * H^T o.
+"""
+
+# Shape suffixes: R rows of a tile (one token and query head each), D dims, C columns in storage order, B of them.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from truekv.kernels.triton.attention import LOWEST
+from truekv.kernels.triton.codes import dims
+
+
+@triton.jit
+def query_kernel(
+    query,  # [T, H, D] with these strides
+    scale,  # float32 [K, D], or None
+    rotation,  # int8 [D, C], or None; see layout.rotation
+    framed,  # out: [T, H, C] operands
+    factor,  # out: float32 [T, H]
+    token_stride,
+    head_stride,
+    rows,
+    softmax_scale,
+    ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Take queries into the frame of a field, divided by their norms; grid: (tiles of rows,).
+
+    The factor of a query is its norm times what turns a score into a power of two.
+    """
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    asked_R = row_R < rows
+    token_R, head_R = (row_R // (HEADS * GROUP)).to(tl.int64), row_R % (HEADS * GROUP)
+    start_R = token_R * token_stride + head_R * head_stride
+    kv_R = head_R // GROUP
+    if rotation is None:
+        dim_C, holds_C = dims(ROW)
+    else:
+        dim_C = tl.arange(0, BLOCK_D)
+        holds_C = dim_C < ROW.dim
+    held_RC = asked_R[:, None] & holds_C[None, :]
+    x_RC = tl.load(query + start_R[:, None] + dim_C[None, :], mask=held_RC, other=0.0).to(tl.float32)
+    if scale is not None:
+        x_RC *= tl.load(scale + kv_R[:, None] * ROW.dim + dim_C[None, :], mask=held_RC, other=0.0)
+    # In units of the largest, whose squares neither overflow nor vanish.
+    largest_R = tl.max(tl.abs(x_RC), 1)
+    largest_R = tl.where(largest_R > 0, largest_R, 1.0)
+    x_RC = x_RC / largest_R[:, None]
+    norm_R = tl.sqrt(tl.sum(x_RC * x_RC, 1))
+    x_RC = x_RC / tl.where(norm_R > 0, norm_R, 1.0)[:, None]
+    out_R = row_R.to(tl.int64) * ROW.columns
+    if rotation is None:
+        place_C = tl.arange(0, ROW.columns)
+        tl.store(framed + out_R[:, None] + place_C[None, :], x_RC.to(framed.dtype.element_ty), mask=asked_R[:, None])
+    else:
+        for column in range(0, ROW.columns, BLOCK_C):
+            column_B = column + tl.arange(0, BLOCK_C)
+            signs_CB = tl.load(
+                rotation + dim_C[:, None] * ROW.columns + column_B[None, :], mask=holds_C[:, None], other=0
+            )
+            y_RB = tl.dot(x_RC, signs_CB.to(tl.float32), input_precision="tf32x3")
+            y_RB = y_RB * ROW.unit
+            tl.store(
+                framed + out_R[:, None] + column_B[None, :], y_RB.to(framed.dtype.element_ty), mask=asked_R[:, None]
+            )
+    # log2(e), because the weights are powers of two.
+    tl.store(factor + row_R, largest_R * norm_R * (softmax_scale * 1.4426950408889634), mask=asked_R)
+
+
+@triton.jit
+def merge_kernel(
+    average,  # float32 [spans, T, H, C]
+    largest,  # float32 [spans, T, H]
+    total,  # float32 [spans, T, H]
+    centre,  # float32 [K, D], or None
+    scale,  # float32 [K, D], or None
+    rotation,  # int8 [D, C], or None
+    owner,
+    offset,
+    position,
+    count,
+    out,  # [T, H, D]
+    rows,
+    window,
+    ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Merge the spans of each query row in their order, and take the average out of its frame; grid: (tiles of rows,).
+
+    Of a span is read what a program of attend_kernel wrote: those that hold a key which the query sees. A token of
+    nobody gets zeros.
+    """
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_R = row_R < rows
+    token_R, head_R = row_R // (HEADS * GROUP), row_R % (HEADS * GROUP)
+    owner_R = tl.load(owner + token_R, mask=inside_R, other=0)
+    offset_R = tl.load(offset + token_R, mask=inside_R, other=0)
+    asked_R = inside_R & (offset_R < tl.load(count + owner_R, mask=inside_R, other=0))
+    position_R = (tl.load(position + owner_R, mask=asked_R, other=0) + offset_R).to(tl.int32)
+    COLUMNS: tl.constexpr = ROW.columns
+    column_C = tl.arange(0, COLUMNS)
+    mean_RC = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
+    largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
+    total_R = tl.zeros([BLOCK_R], tl.float32)
+    spans = tl.max(tl.where(asked_R, position_R // SPAN + 1, 0), 0)
+    for span in range(0, spans):
+        read_R = asked_R & (span * SPAN <= position_R)
+        if WINDOWED:
+            read_R &= (span + 1) * SPAN > position_R - window + 1
+        at_R = tl.cast(span, tl.int64) * rows + row_R
+        top_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
+        raised_R = tl.maximum(largest_R, top_R)
+        old_R, new_R = tl.exp2(largest_R - raised_R), tl.exp2(top_R - raised_R)
+        part_RC = tl.load(average + at_R[:, None] * ROW.columns + column_C[None, :], mask=read_R[:, None], other=0.0)
+        mean_RC = mean_RC * old_R[:, None] + part_RC * new_R[:, None]
+        total_R = total_R * old_R + tl.load(total + at_R, mask=read_R, other=0.0) * new_R
+        largest_R = raised_R
+    mean_RC = mean_RC / tl.where(total_R == 0, 1.0, total_R)[:, None]
+
+    kv_R = head_R // GROUP
+    start_R = row_R.to(tl.int64) * ROW.dim
+    if rotation is None:
+        dim_C, holds_C = dims(ROW)
+        _leave(mean_RC, centre, scale, out, start_R, kv_R, inside_R, asked_R, dim_C, holds_C, ROW)
+    else:
+        for dim in range(0, ROW.dim, BLOCK_D):
+            dim_B = dim + tl.arange(0, BLOCK_D)
+            signs_CB = tl.load(
+                rotation + column_C[:, None] + dim_B[None, :] * ROW.columns, mask=(dim_B < ROW.dim)[None, :], other=0
+            )
+            x_RB = tl.dot(mean_RC, signs_CB.to(tl.float32), input_precision="tf32x3") * ROW.unit
+            _leave(x_RB, centre, scale, out, start_R, kv_R, inside_R, asked_R, dim_B, dim_B < ROW.dim, ROW)
+
+
+@triton.jit
+def _leave(x_RB, centre, scale, out, start_R, kv_R, inside_R, asked_R, dim_B, holds_B, ROW: tl.constexpr):
+    """Write c + s x, or zeros where nobody asked."""
+    held_RB = asked_R[:, None] & holds_B[None, :]
+    frame_RB = kv_R[:, None] * ROW.dim + dim_B[None, :]
+    if scale is not None:
+        x_RB *= tl.load(scale + frame_RB, mask=held_RB, other=0.0)
+    if centre is not None:
+        x_RB += tl.load(centre + frame_RB, mask=held_RB, other=0.0)
+    x_RB = tl.where(held_RB, x_RB, 0.0)
+    tl.store(
+        out + start_R[:, None] + dim_B[None, :],
+        x_RB.to(out.dtype.element_ty),
+        mask=inside_R[:, None] & holds_B[None, :],
+    )

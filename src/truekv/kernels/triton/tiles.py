@@ -1,0 +1,91 @@
+"""What a program of the attention kernel takes at once, and in which numbers it computes: chosen by layouts alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import triton
+import triton.language as tl
+
+from truekv.core.lazy import torch
+from truekv.kernels.triton.interpreter import INTERPRETED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from truekv.kernels.triton.layout import Row
+
+SPAN: Final = 512
+"""Keys of one program where the new tokens of a row fit into one tile; fixed, because it fixes the order of sums."""
+_QUERIES: Final = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the attention kernel is compiled for the rows of a layer."""
+
+    queries: int
+    """Query rows of a tile, which share one kv head."""
+    keys: int
+    """Keys of a block: whole pages."""
+    warps: int
+    stages: int
+    """Blocks of keys under way at once."""
+
+    @property
+    def across(self) -> bool:
+        """Whether queries are the columns of scores: products take 8 columns, but 16 rows at least."""
+        return self.queries < 16
+
+
+def attend_options(rows: Seq[Row], queries: int) -> Options:
+    """Choose for fields of these layouts, and so many query rows that share a kv head.
+
+    Each is the largest block that the compiler keeps in registers for compute capability 9.0, all of it.
+    """
+    blocks, columns = any(row.blocks for row in rows), max(row.columns for row in rows)
+    # Products of float32 take no tensor cores; blocks of 32 keep their headers in registers too.
+    most = 8 if any(row.code == "f32" for row in rows) else 16 if blocks else 32 if columns > 256 else 64
+    tile = next((size for size in _QUERIES if size >= min(queries, most)), most)
+    if most == 8:
+        keys, warps, stages = 32, 4, 2
+    elif columns > 256:
+        packed = blocks or any(row.parts > 1 for row in rows)
+        keys, warps, stages = 32, 8 if tile > 16 or packed else 4, 2
+    elif blocks:
+        keys, warps, stages = 32, 4, 3
+    elif columns > 128:
+        keys, warps, stages = 64 if tile == 8 else 32, 4 if tile <= 16 else 8, 3
+    elif tile <= 16:
+        wide = tile == 8 or all(row.code == "bf16" or row.parts > 1 for row in rows)
+        keys, warps, stages = 128 if wide else 64, 4, 3
+    else:
+        keys, warps, stages = 64, 4, 2
+    return Options(tile, max(keys, rows[0].page_tokens), warps, stages)
+
+
+def span_keys(tiles: int) -> int:
+    """Return the keys of a program: more for more tiles of queries, so that what is merged does not grow with them."""
+    return SPAN * triton.next_power_of_2(tiles)
+
+
+def operand(row: Row) -> tl.dtype:
+    """Return the type of a field's numbers in products: fp16 holds every code but those that are as wide or wider."""
+    # The interpreter computes with the bits of a bfloat16 as if they were an integer.
+    if INTERPRETED or row.code == "f32":
+        return tl.float32
+    return tl.bfloat16 if row.code == "bf16" else tl.float16
+
+
+def torch_operand(row: Row) -> torch.dtype:
+    """Return the same as torch calls it."""
+    return {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}[operand(row)]
+
+
+def arch(device: torch.device) -> int:
+    """Return the compute capability of an NVIDIA GPU as two digits, 0 for anything else."""
+    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,85 @@
+"""The compiled operations against the reference on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from truekv.core.ops import Expert, Part, Routing
+from truekv.kernels.reference.ops import OPS as REFERENCE
+from truekv.kernels.triton.ops import OPS as TRITON
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def alike(op: str, *arguments: Any, scale: float = 1.0, **options: Any) -> None:
+    """Within 1e-5 of the largest number; bfloat16 within one unit in the last place besides."""
+    theirs = getattr(REFERENCE, op)(*arguments, **options)
+    ours = getattr(TRITON, op)(
+        *(item.cuda() if isinstance(item, torch.Tensor) else item for item in arguments), **options
+    )
+    for out, expected in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (ours, theirs)), strict=True):
+        assert out.is_cuda
+        assert out.dtype == expected.dtype
+        tolerance = 1e-5 * scale * float(expected.double().abs().max())
+        if expected.dtype == torch.bfloat16:
+            tolerance = tolerance + expected.double().abs() * 2**-7
+        assert bool(((out.cpu().double() - expected.double()).abs() <= tolerance).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 96, 128, 1030, 5120])
+def test_operations_on_rows(dim: int, dtype: torch.dtype) -> None:
+    x, by, gain = random(9, 3, dim, dtype=dtype), random(9, 3, dim, seed=1, dtype=dtype), random(dim, seed=2) + 1
+    alike("rms_norm", x, gain, 1e-6)
+    alike("rms_norm", x[:, 1], None, 1e-6)
+    alike("add_norm", x[:, 0], by[:, 1], gain, 1e-6)
+    alike("gate", x, by)
+    alike("gate", x, by[..., :1])
+    for first in (False, True):
+        alike("gated_norm", x.float(), by.flatten(1), gain, 1e-6, gate_first=first)
+    alike("activate", x.flatten(1)[:, : 2 * dim] * 5, "swiglu")
+    alike("activate", x.flatten(1), "relu2")
+    alike("softplus", x[:, 0] * 5, gain)
+    alike("delta_gates", x[:, 0], by[:, 1], gain, -gain.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "planes"), [(64, 32), (80, 35), (256, 32)])
+def test_rotary_positions(dim: int, planes: int, interleaved: bool, dtype: torch.dtype) -> None:
+    cos, sin = REFERENCE.angles(torch.tensor([0, 1, 262143]), 1.0 / 1e4 ** (torch.arange(planes) / planes), 1.0)
+    alike("rotate", random(3, 2, dim, dtype=dtype), cos, sin, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "tokens"), [(8, 1), (64, 3), (16, 400)])
+def test_experts(count: int, tokens: int, dtype: torch.dtype) -> None:
+    layer = [
+        Expert((random(96, 128, seed=index, dtype=dtype),), random(128, 48, seed=index + 500, dtype=dtype))
+        for index in range(count)
+    ]
+    x = random(tokens, 128, seed=1, dtype=dtype)
+    weights, chosen = REFERENCE.route(random(tokens, count, seed=2), None, Routing(count, 4))
+    expected = REFERENCE.experts(count, layer, "swiglu")(x, weights, chosen)
+    moved = [Expert((one.first[0].cuda(),), one.down.cuda()) for one in layer]
+    got = TRITON.experts(count, moved, "swiglu")(x.cuda(), weights.cuda(), chosen.cuda())
+    allowed = float(expected.abs().max()) * (1e-5 if dtype == torch.float32 else 2e-2)
+    assert float((got.cpu().float() - expected.float()).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_maps(dtype: torch.dtype) -> None:
+    parts = [Part(random(out, 256, seed=out, dtype=dtype)) for out in (64, 48)]
+    x = random(5, 256, dtype=dtype)
+    got = TRITON.matrix([Part(part.weight.cuda()) for part in parts])(x.cuda(), widened=True).cpu()
+    exact = x.double() @ torch.cat([part.weight for part in parts]).double().T
+    assert float((got.double() - exact).abs().max()) <= float(exact.abs().max()) * (
+        1e-5 if dtype == torch.float32 else 1e-2
+    )

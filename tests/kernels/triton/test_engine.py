@@ -1,0 +1,60 @@
+"""The whole engine on the Triton kernels, in the interpreter: every family's logits are those of the reference."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from random_models import save_dense, save_hybrid, save_latent, save_mamba
+
+from truekv import LLM, SamplingParams
+from truekv.core.options import Speculation
+from truekv.kernels.triton.interpreter import INTERPRETED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels run on a GPU only: make gpu tests them there")
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "dense": save_dense,
+    "gdn": save_hybrid,
+    "mamba2": save_mamba,
+    "mla": save_latent,
+}
+PROMPT = [5, 9, 2, 7, 5, 9, 2]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    return functools.cache(lambda family: str(FAMILIES[family](tmp_path_factory.mktemp(family))))
+
+
+def load(model: str, backend: str, **options: Any) -> LLM:
+    return LLM(model, kernel_backend=backend, max_model_len=64, max_num_seqs=1, sentinel=False, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_reference(saved: Callable[[str], str], family: str) -> None:
+    ours, theirs = (load(saved(family), name, kv_cache_dtype="int8") for name in ("triton", "reference"))
+    assert {backend for _, backend in ours.kv_plan["kernels"].items()} == {"triton"}
+    # A chunk, a token alone, and a chunk upon both.
+    got, expected = (llm.logits([*PROMPT, 1], chunk=[5, 1, 2]) for llm in (ours, theirs))
+    # int8 codes may flip where two backends round a row differently, each by one step of 1 in 127.
+    assert (got - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("family", ["gdn", "mamba2"])
+def test_answers_with_drafts_are_those_without(saved: Callable[[str], str], family: str) -> None:
+    drafts = Speculation(num_speculative_tokens=2, prompt_lookup_max=3, adaptive=False)
+    ours = load(saved(family), "triton", kv_cache_dtype="f32", speculative_config=drafts)
+    # Two tokens that the prompt has, so that there is something to guess.
+    params = SamplingParams(max_tokens=6, logit_bias={5: 50.0, 9: 50.0})
+    (answer,) = ours.generate([PROMPT], params)
+    (expected,) = load(saved(family), "reference", kv_cache_dtype="f32").generate([PROMPT], params)
+    assert answer.tokens == expected.tokens
+    assert sum(ours.stats["drafted"]) > 0

@@ -1,0 +1,80 @@
+"""What the compiler makes of a few kernels, held to gate.toml; `make triton-gate` looks at all of them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernels.triton import attention_cases, scan_cases
+
+ROOT = Path(__file__).parents[3]
+TOOL = ROOT / "tools" / "triton_gate.py"
+TABLE = tomllib.loads((Path(__file__).parent / "gate.toml").read_text())
+CASES = [*attention_cases.CASES, *scan_cases.CASES]
+# One of each kind of code, a rule and a product: the rest takes minutes.
+FEW = (
+    "attend[int8/kv4] D=128 G=8 M=8",
+    "attend[fp8_e4m3/fp8_e4m3] D=128 G=8 M=8",
+    "gdn 128x128",
+    "mamba2 64x128",
+    "prepare[gdn] R=3 4 places",
+    "experts 16 rows",
+)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    return importlib.import_module("triton_gate")
+
+
+def test_the_table_has_every_case_and_no_other() -> None:
+    assert {case.name for case in CASES} == {*TABLE} - {"triton"}
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert all({*row} == {"sm_90", "sm_80"} for name, row in TABLE.items() if name != "triton")
+
+
+def test_kernels_take_no_more_than_the_table_says() -> None:
+    # A process of its own: here kernels are interpreted.
+    done = subprocess.run([sys.executable, TOOL, *FEW], capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        pytest.skip(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if " registers " in line]
+    assert [line.split(" sm_")[0].rstrip() for line in lines] == [name for name in FEW for _ in ("sm_90", "sm_80")]
+    assert all(re.search(r" 0 local$", line) for line in lines)
+
+
+def test_whatever_grows_is_named(gate: Any) -> None:
+    table: dict[str, Any] = {"a": {"sm_90": {"registers": 64, "shared": 0, "instructions": 3.5}}}
+    found = gate.Found(registers=64, shared=0, instructions=3.5, local=0)
+    assert gate.complaints("a", 90, found, table) == []
+    for what in found._fields:
+        (sentence,) = gate.complaints("a", 90, found._replace(**{what: 65}), table)
+        assert sentence.startswith(f"a for sm_90: 65 {what} instead of ")
+    assert "is not in gate.toml" in gate.complaints("a", 80, found, table)[0]
+
+
+def test_the_longest_innermost_loop_is_counted(gate: Any) -> None:
+    code = """
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @P0  FADD R2, R2, R3 ;
+        /*0020*/                   FADD R2, R2, R3 ;
+        /*0030*/             @!P1  BRA `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_2);
+"""
+    instructions, loops = gate._loops(code)
+    assert len(instructions) == 7
+    assert instructions[1].split() == ["FADD", "R2,", "R2,", "R3"]
+    assert loops == [(1, 4)]

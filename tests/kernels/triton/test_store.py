@@ -1,0 +1,164 @@
+"""Triton's encoding writes the very bytes of the reference, and nothing else; and decodes them to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import triton as compiler
+import triton.language as tl
+from formats.test_conformance import hard_rows
+from kernels.native.cache import PAGE, make_step
+from kernels.native.test_store import place
+
+from truekv.core.errors import Corrupted
+from truekv.core.recording import recording
+from truekv.formats.choice import codecs
+from truekv.formats.frame import Frame
+from truekv.kernels.reference import paged as reference
+from truekv.kernels.triton import paged as triton
+from truekv.kernels.triton.codes import dims, read_rows
+from truekv.kernels.triton.layout import Row, layout
+
+NAMES = sorted(codecs())
+
+
+def bytes_agree(name: str, dim: int, rows: torch.Tensor, *, measured: bool) -> None:
+    fields = place(name, dim, 2, len(rows), measured=measured)
+    if measured or fields[0].frame.rotated:
+        # A frame takes numbers at the end of float32 beyond it, which is refused.
+        rows = rows[rows.abs().amax((1, 2)) < 1e36]
+    order = torch.randperm(fields[0].data.shape[0], generator=torch.Generator().manual_seed(5))
+    step = make_step([len(rows)], [len(rows)], order[None])
+    reference.store(fields[0], rows, step)
+    triton.store(fields[1], rows, step)
+    assert torch.equal(fields[0].data, fields[1].data)
+
+
+def hard(dim: int) -> torch.Tensor:
+    rows = torch.cat([rows[:4] for _, rows in hard_rows(dim)])
+    return rows[: len(rows) // 2 * 2].reshape(-1, 2, dim)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_equal_those_of_the_reference(name: str, dim: int, measured: bool) -> None:
+    bytes_agree(name, dim, hard(dim), measured=measured)
+
+
+@pytest.mark.parametrize("dim", [16, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("name", ["bf16", "fp8_e4m3", "int8", "kv4", "kv3", "q5_1", "iq4_nl+hadamard"])
+def test_bytes_of_other_dims(name: str, dim: int) -> None:
+    bytes_agree(name, dim, hard(dim)[::5], measured=True)
+
+
+def test_bytes_of_bfloat16_rows() -> None:
+    rows = hard(64).bfloat16()
+    for name in ("int8", "q4_0"):
+        bytes_agree(name, 64, rows[torch.isfinite(rows).all(-1).all(-1)], measured=False)
+
+
+def test_every_code_of_eight_bits_is_written() -> None:
+    """Every number that an fp8 code means, and the numbers half-way between two: ties go to even."""
+    for name, kind in (("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)):
+        numbers = torch.arange(256, dtype=torch.uint8).view(kind).float()
+        numbers = numbers[torch.isfinite(numbers)].sort().values
+        numbers = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2])
+        rows = torch.nn.functional.pad(numbers, (0, -len(numbers) % 128)).reshape(-1, 2, 64)
+        bytes_agree(name, 64, rows, measured=False)
+
+
+def test_rows_may_be_strided_as_models_make_them() -> None:
+    fields = place("int8", 64, 2, 40)
+    fused = torch.randn(40, 5, 128)
+    step = make_step([40], [40], torch.arange(3)[None])
+    for rows in (fused[:, 1:3, 64:], fused.transpose(0, 2)[:40, :2, :1].expand(40, 2, 64)):
+        reference.store(fields[0], rows, step)
+        triton.store(fields[1], rows, step)
+        assert torch.equal(fields[0].data, fields[1].data)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["f32", "bf16", "fp8_e5m2", "int8", "kv4", "turboquant_3bit", "q4_0", "q5_1"])
+def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_other(name: str, bad: float) -> None:
+    fields = place(name, 64, 2, 20)
+    rows = torch.randn(20, 2, 64)
+    step = make_step([20], [20], torch.tensor([[1]]))
+    triton.store(fields[0], rows, step)
+    rows[17, 1, 63] = bad
+    with pytest.raises(Corrupted, match="1 of 40 cache rows hold NaN or infinity"):
+        triton.store(fields[1], rows, step)
+    with recording():
+        triton.store(fields[1], rows, step)
+        reference.store(fields[0], rows, step)
+    assert torch.equal(fields[0].data, fields[1].data)
+    stored = torch.cat([plane[1, 1, 17] for plane in reference.planes(fields[1])])
+    assert fields[1].format.decode(stored, 64).isnan().all()
+
+
+def test_a_token_of_no_line_is_stored_nowhere() -> None:
+    _, field = place("int8", 64, 2, 40)
+    before = field.data.clone()
+    step = make_step([3], [3], torch.tensor([[1]]))
+    triton.store(field, torch.full((3, 2, 64), math.nan), dataclasses.replace(step, line=torch.tensor([-1, -1, -1])))
+    assert torch.equal(field.data, before)
+
+
+def test_a_frame_that_overflows_is_refused() -> None:
+    _, field = place("q8_0", 64, 1, 4)
+    narrow = dataclasses.replace(field, frame=Frame(None, torch.full((1, 64), 1e-3)))
+    with pytest.raises(Corrupted, match="4 of 4 cache rows"):
+        triton.store(narrow, torch.full((4, 1, 64), 3e38), make_step([4], [4], torch.tensor([[0]])))
+
+
+def test_no_rows_are_stored_without_a_word() -> None:
+    _, field = place("kv4", 64, 2, 4)
+    step = make_step([1], [1], torch.tensor([[0]]))
+    empty = dataclasses.replace(step, page=step.page[:0], line=step.line[:0])
+    before = field.data.clone()
+    triton.store(field, torch.zeros(0, 2, 64), empty)
+    assert torch.equal(field.data, before)
+
+
+@compiler.jit
+def decode_kernel(data, out, page_bytes, ROW: tl.constexpr):  # noqa: ANN001, ANN201 (Triton's types)
+    """Decode the lines of page 1 of a field of one head."""
+    line = tl.arange(0, ROW.page_tokens)
+    written = (line >= 0)[None, :]
+    values, factor = read_rows(data, tl.full([1], 1, tl.int64), written, page_bytes, ROW, tl.float32, 0, False)
+    dim, holds = dims(ROW)
+    tl.store(out + line[:, None] * ROW.dim + dim[None, :], values * factor[:, None], mask=holds[None, :])
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_bytes_decode_to_the_numbers_of_the_format(name: str, dim: int) -> None:
+    """Bit by bit, for bytes at random: every code, scales of any sign, infinities and NaN among them."""
+    _, field = place(name, dim, 1, 40)
+    field.data.copy_(torch.randint(0, 256, field.data.shape, generator=torch.Generator().manual_seed(dim)))
+    row = layout(field)
+    assert row.head_bytes == field.head_bytes
+    got = torch.full((PAGE, dim), torch.nan)
+    decode_kernel[(1,)](field.data[:, field.start :], got, field.data.stride(0), ROW=row)
+    data = torch.cat([plane[1, 0] for plane in reference.planes(field)], -1)
+    wanted = field.format.decode(data, dim)
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layout_is_that_of_the_format(name: str) -> None:
+    for dim in (16, 64, 80, 96, 128, 192, 256, 512):
+        _, field = place(name, dim, 2, 4)
+        row = layout(field)
+        planes = field.format.planes(dim)
+        assert (row.code_bytes, 2 if row.scaled else 0) == (planes[0], sum(planes[1:]))
+        assert sorted(number for number in row.dims() if number >= 0) == list(range(dim))
+        assert row.columns & (row.columns - 1) == 0
+
+
+def test_rows_of_one_layout_compile_once() -> None:
+    assert hash(Row("int8", 64, 32)) == hash(Row("int8", 64, 32))

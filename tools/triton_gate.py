@@ -1,0 +1,188 @@
+"""What the compiler makes of every Triton kernel, held to a committed table. Needs no GPU.
+
+python tools/triton_gate.py [--write] [NAME ...]
+
+Kernels are compiled for sm_90 and sm_80 and disassembled with the tools that come with Triton. Nothing may grow beyond
+the table: registers, shared memory, instructions (per number of the cache or the state in the longest innermost loop,
+or in all where a kernel has no loop) and what is spilled to local memory, which is none where the table names none.
+--write takes what is found as the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+if TYPE_CHECKING:
+    from kernels.triton.case import Case
+
+TABLE = ROOT / "tests" / "kernels" / "triton" / "gate.toml"
+CAPABILITIES = (90, 80)
+
+
+class Found(NamedTuple):
+    """What was made of a kernel."""
+
+    registers: int
+    """Of one thread."""
+    shared: int
+    """Bytes of a program."""
+    instructions: float
+    """Of all threads of a program in the longest innermost loop, per number; else of one thread in all."""
+    local: int
+    """Bytes of stack, and loads and stores there."""
+
+
+def cases() -> dict[str, Case]:
+    """Return every case by its name."""
+    from kernels.triton import attention_cases, scan_cases
+
+    every = [*attention_cases.CASES, *scan_cases.CASES]
+    named = {case.name: case for case in every}
+    assert len(named) == len(every), "two cases have one name"
+    return named
+
+
+def examine(name: str, capability: int) -> Found | str:
+    """Compile one case and look at it; return why it does not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    case = cases()[name]
+    constants = dict(case.constexprs)
+    if "ARCH" in constants:
+        constants["ARCH"] = capability
+    arguments: list[str] = case.kernel.arg_names
+    signature = {item: "constexpr" if item in constants else case.signature[item] for item in arguments}
+    attributes = {(arguments.index(item),): [["tt.divisibility", 16]] for item in case.divisible}
+    try:
+        made: Any = triton.compile(
+            ASTSource(case.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        )
+    except triton.CompilationError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return str(cause).strip().splitlines()[-1]
+    usage, code = _disassembled(made.asm["cubin"])
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    instructions, loops = _loops(code)
+    local = sum(text.split()[0].startswith(("LDL", "STL")) for text in instructions)
+    longest = max((end - start for start, end in loops), default=0)
+    per_number = longest * 32 * case.num_warps / case.elements if case.elements else len(instructions)
+    return Found(found["REG"], made.metadata.shared, round(per_number, 2), found["STACK"] + found["LOCAL"] + local)
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ([tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-c", file.name])
+        usage, code = (subprocess.run(item, capture_output=True, text=True, check=True).stdout for item in commands)
+    return usage, code
+
+
+def _loops(code: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Return the instructions, without their predicates, and (first, end) of every innermost loop."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif text := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s*(?:@!?U?P\w+ )?\s*([A-Z].*?);", line):
+            instructions.append(text[1])
+    jumps = [(re.search(r"BRA.*(\.L_\w+)", text), place) for place, text in enumerate(instructions)]
+    loops = [(labels[jump[1]], place + 1) for jump, place in jumps if jump and labels[jump[1]] < place]
+    innermost = [
+        (start, end)
+        for start, end in loops
+        if not any((start, end) != (s, e) and start <= s and e <= end for s, e in loops)
+    ]
+    return instructions, innermost
+
+
+def complaints(name: str, capability: int, found: Found, table: dict[str, Any]) -> list[str]:
+    """Return what is worse than the table says."""
+    where = f"{name} for sm_{capability}"
+    row = table.get(name, {}).get(f"sm_{capability}")
+    if row is None:
+        return [f"{where} is not in {TABLE.name}: look at what it takes, then run make triton-gate WRITE=--write"]
+    return [
+        f"{where}: {value} {what} instead of {row.get(what, 0)}"
+        for what, value in found._asdict().items()
+        if value > row.get(what, 0)
+    ]
+
+
+def written(results: dict[tuple[str, int], Found], version: str) -> str:
+    """Return the table as TOML."""
+    lines = [f"# Made by tools/triton_gate.py --write with triton {version}.", f'triton = "{version}"']
+    for name in dict.fromkeys(name for name, _ in results):
+        lines += ["", f'["{name}"]']
+        for capability in (level for level in CAPABILITIES if (name, level) in results):
+            found = results[name, capability]._asdict().items()
+            values = ", ".join(f"{what} = {value}" for what, value in found if what != "local" or value)
+            lines.append(f"sm_{capability} = {{ {values} }}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Examine the cases that are named, or all."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args()
+    import triton
+
+    names = given.names or list(cases())
+    pairs = [(name, capability) for name in names for capability in CAPABILITIES]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(pairs, pool.map(examine, *zip(*pairs, strict=True)), strict=True))
+    wrong = [
+        f"{name} for sm_{level} does not compile: {why}" for (name, level), why in made.items() if isinstance(why, str)
+    ]
+    results = {pair: found for pair, found in made.items() if isinstance(found, Found)}
+    for (name, capability), found in results.items():
+        print(
+            f"{name:44} sm_{capability} {found.registers:4} registers {found.shared:7} shared "
+            f"{found.instructions:8} instructions {found.local:4} local"
+        )
+    if given.write:
+        TABLE.write_text(written(results, triton.__version__))
+        print(*wrong, sep="\n")
+        return int(bool(wrong))
+    table = tomllib.loads(TABLE.read_text())
+    if table["triton"] != triton.__version__:
+        print(f"the table was made with triton {table['triton']}, this is {triton.__version__}: nothing to compare")
+        return 3
+    wrong += [
+        text for (name, capability), found in results.items() for text in complaints(name, capability, found, table)
+    ]
+    if not given.names:
+        wrong += [f"{name} is in {TABLE.name}, but is no case any more" for name in {*table} - {*names, "triton"}]
+    print(*wrong, sep="\n")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    # Before Triton is imported: compiled, not interpreted.
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+    sys.exit(main())
