@@ -132,6 +132,7 @@ def merge_case(row: Row, *, heads: int = 8, group: int = 8) -> Case:
             "BLOCK_D": 16,
             "WIDTH": 128,
         },
+        num_warps=8 if row.columns > 256 else 4,
     )
 
 
