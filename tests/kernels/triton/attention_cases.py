@@ -106,7 +106,7 @@ def query_case(row: Row, *, heads: int = 8, group: int = 8) -> Case:
             "factor": "*fp32",
             "softmax_scale": "fp32",
         },
-        {"ROW": row, "HEADS": heads, "GROUP": group, "BLOCK_R": 16, "BLOCK_C": 32, "BLOCK_D": row.dim},
+        {"ROW": row, "HEADS": heads, "GROUP": group, "BLOCK_R": 16, "BLOCK_C": 32, "BLOCK_D": row.dim, "WIDTH": 128},
     )
 
 
@@ -123,7 +123,17 @@ def merge_case(row: Row, *, heads: int = 8, group: int = 8) -> Case:
             "rotation": "*i8" if row.code != "bf16" else None,
             "out": "*bf16",
         },
-        {"ROW": row, "HEADS": heads, "GROUP": group, "SPAN": SPAN, "WINDOWED": False, "BLOCK_R": 16, "BLOCK_D": 16},
+        {
+            "ROW": row,
+            "HEADS": heads,
+            "GROUP": group,
+            "SPAN": SPAN,
+            "WINDOWED": False,
+            "BLOCK_R": 16,
+            "BLOCK_D": 16,
+            "WIDTH": 128,
+        },
+        num_warps=8 if row.columns > 256 else 4,
     )
 
 

@@ -31,14 +31,14 @@ def store_kernel(
     page_bytes,
     token_stride,
     head_stride,
-    count,
+    number,
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Store rows; one that is not finite is stored as NaN, all bits set. Grid: (tiles of rows,)."""
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside_R = row_R < count
+    inside_R = row_R < number
     token_R, head_R = (row_R // HEADS).to(tl.int64), (row_R % HEADS).to(tl.int64)
     line_R = tl.load(line + token_R, mask=inside_R, other=-1)
     kept_R = line_R >= 0

@@ -31,6 +31,7 @@ def query_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Take queries into the frame of a field, divided by their norms; grid: (tiles of rows,).
 
@@ -46,33 +47,46 @@ def query_kernel(
     else:
         dim_C = tl.arange(0, BLOCK_D)
         holds_C = dim_C < ROW.dim
-    held_RC = asked_R[:, None] & holds_C[None, :]
-    x_RC = tl.load(query + start_R[:, None] + dim_C[None, :], mask=held_RC, other=0.0).to(tl.float32)
-    if scale is not None:
-        x_RC *= tl.load(scale + kv_R[:, None] * ROW.dim + dim_C[None, :], mask=held_RC, other=0.0)
+    x_RC = _scaled(query, scale, start_R, kv_R, asked_R, dim_C, holds_C, ROW)
     # In units of the largest, whose squares neither overflow nor vanish.
     largest_R = tl.max(tl.abs(x_RC), 1)
     largest_R = tl.where(largest_R > 0, largest_R, 1.0)
     x_RC = x_RC / largest_R[:, None]
     norm_R = tl.sqrt(tl.sum(x_RC * x_RC, 1))
-    x_RC = x_RC / tl.where(norm_R > 0, norm_R, 1.0)[:, None]
+    by_R = tl.where(norm_R > 0, norm_R, 1.0)
     out_R = row_R.to(tl.int64) * ROW.columns
     if rotation is None:
         place_C = tl.arange(0, ROW.columns)
+        x_RC = x_RC / by_R[:, None]
         tl.store(framed + out_R[:, None] + place_C[None, :], x_RC.to(framed.dtype.element_ty), mask=asked_R[:, None])
     else:
         for column in range(0, ROW.columns, BLOCK_C):
             column_B = column + tl.arange(0, BLOCK_C)
-            signs_CB = tl.load(
-                rotation + dim_C[:, None] * ROW.columns + column_B[None, :], mask=holds_C[:, None], other=0
-            )
-            y_RB = tl.dot(x_RC, signs_CB.to(tl.float32), input_precision="tf32x3")
+            y_RB = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+            for dim in range(0, ROW.dim, WIDTH):
+                dim_W = dim + tl.arange(0, WIDTH)
+                holds_W = dim_W < ROW.dim
+                x_RW = _scaled(query, scale, start_R, kv_R, asked_R, dim_W, holds_W, ROW)
+                x_RW = x_RW / largest_R[:, None] / by_R[:, None]
+                place_WB = dim_W[:, None] * ROW.columns + column_B[None, :]
+                signs_WB = tl.load(rotation + place_WB, mask=holds_W[:, None], other=0)
+                y_RB = tl.dot(x_RW, signs_WB.to(tl.float32), y_RB, input_precision="tf32x3")
             y_RB = y_RB * ROW.unit
             tl.store(
                 framed + out_R[:, None] + column_B[None, :], y_RB.to(framed.dtype.element_ty), mask=asked_R[:, None]
             )
     # log2(e), because the weights are powers of two.
     tl.store(factor + row_R, largest_R * norm_R * (softmax_scale * 1.4426950408889634), mask=asked_R)
+
+
+@triton.jit
+def _scaled(query, scale, start_R, kv_R, asked_R, dim_D, holds_D, ROW: tl.constexpr):
+    """Return some dims s * q of the queries; 0 where nothing is held."""
+    held_RD = asked_R[:, None] & holds_D[None, :]
+    x_RD = tl.load(query + start_R[:, None] + dim_D[None, :], mask=held_RD, other=0.0).to(tl.float32)
+    if scale is not None:
+        x_RD *= tl.load(scale + kv_R[:, None] * ROW.dim + dim_D[None, :], mask=held_RD, other=0.0)
+    return x_RD
 
 
 @triton.jit
@@ -97,6 +111,7 @@ def merge_kernel(
     WINDOWED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Merge the spans of each query row in their order, and take the average out of its frame; grid: (tiles of rows,).
 
@@ -136,13 +151,22 @@ def merge_kernel(
         dim_C, holds_C = dims(ROW)
         _leave(mean_RC, centre, scale, out, start_R, kv_R, inside_R, asked_R, dim_C, holds_C, ROW)
     else:
+        # Through memory, where the first span lay: no program holds a long row and its rotation in registers.
+        place_R = row_R.to(tl.int64) * COLUMNS
+        tl.store(average + place_R[:, None] + column_C[None, :], mean_RC, mask=inside_R[:, None])
+        tl.debug_barrier()
         for dim in range(0, ROW.dim, BLOCK_D):
             dim_B = dim + tl.arange(0, BLOCK_D)
-            signs_CB = tl.load(
-                rotation + column_C[:, None] + dim_B[None, :] * ROW.columns, mask=(dim_B < ROW.dim)[None, :], other=0
-            )
-            x_RB = tl.dot(mean_RC, signs_CB.to(tl.float32), input_precision="tf32x3") * ROW.unit
-            _leave(x_RB, centre, scale, out, start_R, kv_R, inside_R, asked_R, dim_B, dim_B < ROW.dim, ROW)
+            holds_B = dim_B < ROW.dim
+            x_RB = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+            for column in range(0, COLUMNS, WIDTH):
+                column_W = column + tl.arange(0, WIDTH)
+                part_RW = tl.load(average + place_R[:, None] + column_W[None, :], mask=inside_R[:, None], other=0.0)
+                place_WB = column_W[:, None] + dim_B[None, :] * COLUMNS
+                signs_WB = tl.load(rotation + place_WB, mask=holds_B[None, :], other=0)
+                x_RB = tl.dot(part_RW, signs_WB.to(tl.float32), x_RB, input_precision="tf32x3")
+            x_RB = x_RB * ROW.unit
+            _leave(x_RB, centre, scale, out, start_R, kv_R, inside_R, asked_R, dim_B, holds_B, ROW)
 
 
 @triton.jit

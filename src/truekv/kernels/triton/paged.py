@@ -172,8 +172,9 @@ def _into_frame(query: torch.Tensor, item: Stored, row: Row, scale: float) -> tu
             HEADS=kv_heads,
             GROUP=heads // kv_heads,
             BLOCK_R=16,
-            BLOCK_C=min(32, row.columns),
+            BLOCK_C=_part(32, row.columns),
             BLOCK_D=triton.next_power_of_2(dim),
+            WIDTH=_part(128, triton.next_power_of_2(dim)),
         )
     return framed, factor
 
@@ -214,9 +215,16 @@ def _merge(
             SPAN=span,
             WINDOWED=window is not None,
             BLOCK_R=16,
-            BLOCK_D=16,
+            BLOCK_D=_part(16, triton.next_power_of_2(row.dim)),
+            WIDTH=_part(128, row.columns),
+            num_warps=8 if row.columns > 256 else 4,
         )
     return out.to(dtype)
+
+
+def _part(size: int, whole: int) -> int:
+    """Return the numbers that a program takes at once: all in the interpreter, whose time goes by operations."""
+    return whole if INTERPRETED else min(size, whole)
 
 
 def _readable(rows: torch.Tensor) -> torch.Tensor:
