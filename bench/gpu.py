@@ -226,7 +226,7 @@ def describe() -> dict[str, str]:
     """Return what a reader needs to judge the numbers."""
     from importlib.metadata import version
 
-    found: Any = torch.cuda.get_device_properties(0)
+    found = cast("Any", torch.cuda.get_device_properties(0))  # pyright: ignore[reportUnknownMemberType]
     return {
         "device": f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} processors",
         "torch": str(torch.__version__),
