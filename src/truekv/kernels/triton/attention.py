@@ -3,7 +3,9 @@
 One program reads a span of one kv head's rows once and decodes them once, for all query heads that share it and all
 new tokens of a tile. It leaves the unnormalised average of each query row over that span, with the span's largest
 score and sum of weights; frames.py merges the spans. Spans and blocks of keys start at fixed positions, so a row's
-sums run in one order whatever its companions, the width of the table or what is captured.
+sums run in one order whatever its companions and the width of the table. How many query rows a tile has follows the
+longest chunk of the step, and is part of that order: a token alone and the same token in a long chunk may differ in
+their last bits.
 
 Weights enter the second product as numbers of half precision between 0 and 2^15: relative to the block's largest they
 keep 11 bits down to 2^-29. Scores and sums are float32.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from truekv.kernels.triton.layout import Row
 
 SPAN: Final = 512
-"""Keys of one program where the new tokens of a row fit into one tile; fixed, because it fixes the order of sums."""
+"""Keys of one program where the new tokens of a row fit into one tile; fixed, as it is part of the order of sums."""
 _QUERIES: Final = (8, 16, 32, 64)
 
 
