@@ -40,6 +40,7 @@ namespace {
 constexpr int SPLIT = 512;  // keys of one partial result
 constexpr int TILE = 64;    // query rows that share a decoded block
 constexpr int AHEAD = 2;    // blocks
+constexpr int64_t ALONE = 1 << 20;  // products below which waking another thread costs more than it saves
 
 // What a block of one field is read from.
 struct Source {
@@ -113,8 +114,13 @@ class Attention {
     if (owned < a.tokens) memset((char*)a.out + owned * token_bytes, 0, (a.tokens - owned) * token_bytes);
     frame_queries();
     std::vector<Item> tiles = cut();
-    int64_t parts = 0;
-    for (const Item& tile : tiles) parts += tile.splits;
+    int64_t parts = 0, products = 0;
+    for (const Item& tile : tiles) {
+      parts += tile.splits;
+      const int64_t last = position(tile.sequence, tile.first + tile.rows - 1);
+      products += (last + 1 - oldest(position(tile.sequence, tile.first))) * tile.rows * 2 * value.dim;
+    }
+    worthwhile = products > ALONE;
     // Enough tiles for all threads need no second level.
     if ((int64_t)tiles.size() >= 4 * omp_get_max_threads() || parts == (int64_t)tiles.size()) whole(tiles);
     else split(tiles, parts);
@@ -130,6 +136,7 @@ class Attention {
   std::vector<Shape> scored;
   std::vector<int64_t> first_row;
   int64_t rows_of_head;
+  bool worthwhile = true;
   std::vector<int> dims[3];     // of the lanes of scored fields and of the value; -1: none
   std::vector<Floats> queries;  // per field: [kv head][row][lanes], framed, times the factor of scores
 
@@ -206,7 +213,7 @@ class Attention {
   }
 
   void whole(const std::vector<Item>& tiles) const {
-#pragma omp parallel
+#pragma omp parallel if (worthwhile)
     {
       Floats space = floats(workspace(TILE)), one = floats(Partial::size(TILE, value.lanes)), sum = floats(Partial::size(TILE, value.lanes));
 #pragma omp for schedule(dynamic)
@@ -238,7 +245,7 @@ class Attention {
     };
     // Neighbours go to one thread, which then has the first keys of the next one at hand.
     const int64_t neighbours = std::max<int64_t>(1, parts / (4 * omp_get_max_threads()));
-#pragma omp parallel
+#pragma omp parallel if (worthwhile)
     {
       Floats space = floats(workspace(TILE));
 #pragma omp for schedule(dynamic, neighbours)

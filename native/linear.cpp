@@ -54,7 +54,8 @@ constexpr int64_t PANEL = 64;     // outputs
 constexpr int64_t BLOCK = 1024;   // inputs of a panel that are multiplied with all rows of a chunk before the next
 constexpr int64_t RUN = 128;      // inputs that are summed on their own: rounding grows with RUN + in / RUN, not with in
 constexpr int64_t CHUNK = 192;    // rows whose sums rest in the scratch
-constexpr int64_t ALONE = 1 << 16;  // products below which waking another thread costs more than it saves
+constexpr int64_t ALONE = 1 << 18;  // weights below which waking another thread costs more than it saves, and products:
+constexpr int64_t ALONE_PRODUCTS = 1 << 21;
 
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 of 32 registers hold sums
@@ -223,7 +224,8 @@ void chunk(const Linear& a, int64_t group, int64_t row, int64_t rows, int64_t pa
 template <class T>
 void linear(const Linear& a) {
   const int64_t panels = (a.out_features + PANEL - 1) / PANEL;
-#pragma omp parallel for collapse(2) schedule(static) if (a.rows * a.in * a.out_features * (a.starts ? 1 : a.groups) > ALONE)
+  const int64_t weights = a.in * a.out_features * a.groups, products = a.rows * a.in * a.out_features * (a.starts ? 1 : a.groups);
+#pragma omp parallel for collapse(2) schedule(static) if (weights > ALONE || products > ALONE_PRODUCTS)
   for (int64_t group = 0; group < a.groups; group++)
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t last = a.starts ? a.starts[group + 1] : a.rows;

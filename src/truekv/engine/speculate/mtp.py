@@ -128,7 +128,9 @@ class Predictor:
         one_token = replace(step, owner=row_B, offset=torch.zeros_like(row_B), gather=row_B[:, None])
         for place in range(count):
             # The largest is not a number where any logit is not.
-            top_B, best_B = self.head.logits(state_BC).max(-1)
+            logits_BV = self.head.logits(state_BC)
+            best_B = logits_BV.argmax(-1)
+            top_B = logits_BV.gather(1, best_B[:, None])[:, 0]
             drafts_TD[:batch, place] = best_B.masked_fill(top_B.abs().lt(math.inf).logical_not(), -1)
             if place + 1 < count:
                 one_token = self._after(one_token, step.position + step.count + place, best_B, wanted_B > place + 1)
