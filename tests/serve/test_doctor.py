@@ -53,6 +53,14 @@ def test_a_models_kernels_are_those_of_its_engine(truekv: Call) -> None:
         assert row["instruction_set"] == (report["library"]["chosen"] if row["backend"] == "native" else "torch")
 
 
+def test_kernels_in_triton_are_named() -> None:
+    pytest.importorskip("triton")
+    rows = examine("tiny-hybrid", EngineOptions(kv_cache_dtype="int8", kernel_backend="triton")).kernels
+    assert {(row.operation, row.backend, row.instruction_set) for row in rows} == {
+        (operation, "triton", "triton") for operation in ("scan", "store", "attend")
+    }
+
+
 def test_the_table_says_what_each_operation_works_on(truekv: Call) -> None:
     printed = truekv("doctor", "tiny-mla", "--kv-cache-dtype", "int8").out
     assert "latent=int8 1x128, rope=int8 1x64" in printed

@@ -48,7 +48,7 @@ class KernelRow:
     """Formats, heads and dims."""
     backend: str
     instruction_set: str
-    """torch if the operation is not native."""
+    """triton, or torch, if the operation is not native."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,8 @@ def _library() -> LibraryReport:
 
 def _row(described: str, backend: str, chosen: str | None) -> KernelRow:
     operation, _, on = described.partition(" ")
-    return KernelRow(operation, on, backend, chosen if backend == "native" and chosen else "torch")
+    by = {"native": chosen, "triton": "triton"}.get(backend) or "torch"
+    return KernelRow(operation, on, backend, by)
 
 
 def _show(report: Report) -> None:
