@@ -124,9 +124,9 @@ class Worker:
         seconds, cached = self._call("first_token", shared=shared, own=own, request=request)
         return seconds, cached
 
-    def answers(self, text: str, prompt: int, answer: int) -> dict[str, Any]:
+    def answers(self, text: str, prompt: int, answer: int, *, guesses: bool) -> dict[str, Any]:
         """See bench.engines.serving.Served."""
-        return self._call("answers", text=text, prompt=prompt, answer=answer)
+        return self._call("answers", text=text, prompt=prompt, answer=answer, guesses=guesses)
 
     def _call(self, verb: str, **arguments: int | str) -> Any:  # noqa: ANN401 (JSON)
         assert self._process.stdin

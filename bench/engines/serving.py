@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
@@ -115,23 +115,25 @@ class Served:
             pass
         return time.perf_counter() - start, added.cached or 0
 
-    def answers(self, text: str, prompt: int, answer: int) -> dict[str, Any]:
+    def answers(self, text: str, prompt: int, answer: int, *, guesses: bool) -> dict[str, Any]:
         """Answer the prompts of a text one by one: seconds after their first tokens, all tokens, drafts by place.
 
+        Without `guesses` the engine makes no drafts; nothing else about it changes.
         `repeats`: one prompt, each token of the answer the likeliest of four. `drawn`: one prompt, all its tokens and
         those of the answer drawn from the same 256. `tasks`: held-out questions to an embedded model, of the lengths
         they have.
         """
-        before = self._engine.stats
-        seconds, said = 0.0, list[int]()
-        for asked, params in self._prompts(text, prompt, answer):
-            added = self._engine.add(asked, params)
-            start = 0.0
-            for _ in self._engine.run([added]):
-                start = start or (time.perf_counter() if added.generated else 0.0)
-            seconds += time.perf_counter() - start
-            said += added.generated
-        after = self._engine.stats
+        with nullcontext() if guesses else mock.patch.object(self._engine, "drafting", None):
+            before = self._engine.stats
+            seconds, said = 0.0, list[int]()
+            for asked, params in self._prompts(text, prompt, answer):
+                added = self._engine.add(asked, params)
+                start = 0.0
+                for _ in self._engine.run([added]):
+                    start = start or (time.perf_counter() if added.generated else 0.0)
+                seconds += time.perf_counter() - start
+                said += added.generated
+            after = self._engine.stats
         return {
             "seconds": seconds,
             "tokens": said,

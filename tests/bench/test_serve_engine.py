@@ -83,8 +83,8 @@ class Fake:
     def __exit__(self, *_error: object) -> None:
         return
 
-    def answers(self, text: str, _prompt: int, _answer: int) -> dict[str, Any]:
-        self._calls.append(f"{self._name} {text}")
+    def answers(self, text: str, _prompt: int, _answer: int, *, guesses: bool = False) -> dict[str, Any]:
+        self._calls.append(f"{self._name} {text}" + " guessed" * guesses)
         return {"seconds": self._seconds.pop(0), "tokens": self._tokens, "drafted": [4, 2], "accepted": [3, 1]}
 
 
