@@ -70,8 +70,11 @@ class Served:
         def opened(_request: object) -> Sequence:
             return filled.pop()
 
+        def new_pages(_request: object) -> int:
+            return 1
+
         # As after a hit in the prefix cache: all but the last token of a prompt are there, in pages of their own.
-        with mock.patch.multiple(memory, open=opened, new_pages=lambda _request: 1):
+        with mock.patch.multiple(memory, open=opened, new_pages=new_pages):
             for request in range(sequences):
                 self._add(some_prompt(request, depth + 1), answer + 1)
             self._step()
