@@ -91,6 +91,15 @@ def test_sampling_options_reach_the_sampler(truekv: Call, dense: Path) -> None:
     assert (done["tokens"], done["seed"]) == (expected.tokens, 3)
 
 
+def test_an_empty_answer_to_bare_text_names_the_chat_template(truekv: Call) -> None:
+    silent = truekv("generate", "tiny-hybrid", "What is 3 * 9 + 2 * 4?")
+    assert (silent.code, silent.out) == (0, "\n")
+    assert "try --chat" in silent.err
+    spoken = truekv("generate", "tiny-hybrid", "What is 3 * 9 + 2 * 4?", "--chat")
+    assert spoken.out == "3 * 9 + 2 * 4 = 27 + 8 = 35\n"
+    assert "try --chat" not in spoken.err
+
+
 def test_stop_strings_can_be_repeated(truekv: Call, dense: Path) -> None:
     text = LLM(str(dense), max_model_len=128).generate("hello", SamplingParams(max_tokens=30))[0].text
     stop = text[5:8]

@@ -176,10 +176,10 @@ def _missing(backend: str, device: str) -> str | None:
         return "the native kernels run on the CPU alone: use device cpu or the triton backend"
     if backend == NATIVE and library() is None:
         return _NOT_BUILT
-    if backend == TRITON and importlib.util.find_spec("triton") is None:
-        return "triton is not installed: install it"
     if backend == TRITON and device == "cpu" and not _interpreted():
         return "the triton kernels run on a CUDA device, not on the CPU: use the native backend"
+    if backend == TRITON and importlib.util.find_spec("triton") is None:
+        return "triton is not installed: install it"
     return None
 
 

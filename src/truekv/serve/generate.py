@@ -40,6 +40,8 @@ def run(
         if result.text is None:
             sys.stdout.write(" ".join(map(str, result.tokens)))
         sys.stdout.write("\n")
+        if result.text == "" and llm.converses and not conversation:
+            sys.stderr.write("the model ended its answer at once: it was made for conversations, so try --chat\n")
         if result.logprobs is not None:
             print_logprobs(result)
 

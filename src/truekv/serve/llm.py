@@ -138,6 +138,11 @@ class LLM:
         return self._plan
 
     @property
+    def converses(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return self._blueprint.template is not None
+
+    @property
     def max_model_len(self) -> int:
         """Longest context in tokens, prompt and answer together."""
         return self._engine.max_model_len

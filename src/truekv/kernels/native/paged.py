@@ -71,15 +71,11 @@ class Attend(ctypes.Structure):
 
 def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
     """Return why a layer cannot run here, or None."""
-    reason = reference.refusal(layer, formats) or layout.refusal(layer, formats)
-    if reason is not None:
-        return reason
-    scored = [item.role for item in layer.fields if item.role != "value"]
-    if len(scored) > 2 or "both" in scored[1:]:
-        return (
-            f"the native attend scores one or two fields, a latent first, not {len(scored)}; use the reference backend"
-        )
-    return None
+    return (
+        reference.refusal(layer, formats)
+        or layout.refusal(layer, formats)
+        or reference.more_scored_than_two(layer, "native")
+    )
 
 
 def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:

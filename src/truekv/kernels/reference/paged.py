@@ -47,6 +47,17 @@ def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
     return None
 
 
+def more_scored_than_two(layer: Paged, backend: str) -> str | None:
+    """Return why a backend that scores up to two fields, a latent first, cannot run a layer, or None."""
+    scored = [item.role for item in layer.fields if item.role != "value"]
+    if len(scored) > 2 or "both" in scored[1:]:
+        return (
+            f"the {backend} attend scores one or two fields, a latent first, not {len(scored)}; "
+            "use the reference backend"
+        )
+    return None
+
+
 def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
     """Take rows [T, K, D] into the field's frame, encode them and write row t to line `step.line[t]` of its page.
 

@@ -34,15 +34,11 @@ _ALIGNMENT: Final = 16
 
 def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
     """Return why a layer cannot run here, or None."""
-    reason = reference.refusal(layer, formats) or layouts.refusal(layer, formats)
-    if reason is not None:
-        return reason
-    scored = [item.role for item in layer.fields if item.role != "value"]
-    if len(scored) > 2 or "both" in scored[1:]:
-        return (
-            f"the triton attend scores one or two fields, a latent first, not {len(scored)}; use the reference backend"
-        )
-    return None
+    return (
+        reference.refusal(layer, formats)
+        or layouts.refusal(layer, formats)
+        or reference.more_scored_than_two(layer, "triton")
+    )
 
 
 def store(stored: Stored, rows_TKD: torch.Tensor, step: Step) -> None:
