@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from truekv.kernels.native.library import library
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -49,3 +52,9 @@ def test_importing_truekv_costs_nothing() -> None:
     code = "import sys, truekv; from truekv import EngineOptions, Refused; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_where_there_is_a_compiler_the_native_library_is_built() -> None:
+    """Without it two thousand tests of native kernels and of bitwise equality would be skipped, and the rest pass."""
+    assert library() is not None
