@@ -48,6 +48,18 @@ def test_torch_is_imported_on_first_use(path: Path) -> None:
     assert not [name for name in names if re.match(r"(torch|transformers|safetensors)\b", name)]
 
 
+def test_the_tests_that_the_documents_name_exist() -> None:
+    names = {
+        name
+        for path in (ROOT / "docs").rglob("*.md")
+        for name in re.findall(r"tests/[\w/]+\.py(?:::\w+)?", path.read_text())
+    }
+    assert len(names) > 30
+    for name in names:
+        file, _, test = name.partition("::")
+        assert f"def {test}" in (ROOT / file).read_text(), name
+
+
 def test_importing_truekv_costs_nothing() -> None:
     code = "import sys, truekv; from truekv import EngineOptions, Refused; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
