@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 BUILD = $(CMAKE) --build build/$@ --parallel 2
 
-.PHONY: demo test gpu triton-gate campaign mutants check wheel wheel-test sanitize arm64 bench bench-peer clean
+.PHONY: demo test gpu triton-gate campaign mutants check wheel wheel-test sanitize amx arm64 bench bench-peer clean
 
 demo: $(VENV)/.run
 	$(BIN)/truekv demo
@@ -88,8 +88,15 @@ sanitize: $(VENV)/.test $(CMAKE)
 	$(BUILD)
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
-	$(BIN)/python tools/sanitize.py build/$@ -x -q -p no:cacheprovider tests/kernels/native \
+	$(BIN)/python tools/other_library.py build/$@ -x -q -p no:cacheprovider tests/kernels/native \
 	  --deselect tests/kernels/native/test_library.py::test_it_is_small
+
+# The kernels for AMX with its tiles emulated, for a machine that has AVX-512 with bf16 and no AMX: what they compute.
+amx: $(VENV)/.test $(CMAKE)
+	$(CMAKE) -S native -B build/$@ -DTILES=emulated
+	$(BUILD)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tools/other_library.py build/$@ -q -k amx tests/kernels/native
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tools/other_library.py build/$@ -q tests/models/test_exact.py
 
 # The kernels for 64-bit Arm, cross-compiled and compared with double arithmetic under an emulator.
 arm64: $(CMAKE)

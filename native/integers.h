@@ -10,6 +10,7 @@
 
 #include "rows.h"
 #include "stored.h"
+#include "tiles.h"
 
 namespace ISA {
 namespace {
@@ -318,6 +319,108 @@ void weigh_rows(const Bytes& rows, int bytes, int lanes, const uint8_t* weights,
   }
 }
 
+#if defined(TILES)
+
+// With tiles: the same integers, sixteen query rows at a time, so the bits are those of the functions above.
+constexpr int FEW = 4;  // rows that are not worth a tile
+
+INLINE F32 from_tiles(const int32_t (*sums)[TILE_LINES][LANES], int distance, int row) {
+  I32 digits[DIGITS];
+#pragma GCC unroll 3
+  for (int d = 0; d < DIGITS; d++) digits[d] = load<I32>(sums[d * distance][row]);
+  return from_digits(digits, 1);
+}
+
+template <int PLANES>
+void score_tiles(const uint8_t* laid, int dim, const float* query, int rows, float* scores, const uint8_t* next, int ahead) {
+  constexpr int QUERY = 6, KEY = 7;
+  const int stride = padded(dim), row = 4 * query_floats(dim), held = dim / PLANES;
+  const uint8_t* q = (const uint8_t*)query;
+  Palette palette;
+  for (int i = 0; i < QUERY; i++) palette.set(i, rows, 4 * LANES);
+  palette.set(QUERY, rows, TILE_BYTES);
+  palette.set(KEY, TILE_LINES, 4 * LANES);
+  use(palette);
+  clear<0>(), clear<1>(), clear<2>(), clear<3>(), clear<4>(), clear<5>();
+  for (int i = 0; i < held; i += 64, laid += TILE_LINES * 128, next += TILE_LINES * ahead) {
+    fetch(next, TILE_LINES * ahead);
+    alignas(64) uint8_t numbers[2][TILE_LINES * 128];
+    const uint8_t* keys[2] = {laid, laid};
+    if (PLANES == 2) {
+      // A code of no dim stands for some number too, and would meet the digits of the other plane.
+      const int lines = held - i < 64 ? (held - i) / 4 : TILE_LINES;
+      for (int at = 0; at < TILE_LINES * 128; at += 64) {
+        __m512i n[2] = {};
+        if (at < lines * 128) numbers_of<PLANES, false>(_mm512_load_si512(laid + at), n);
+        for (int p = 0; p < 2; p++) _mm512_store_si512(numbers[p] + at, n[p]);
+      }
+      keys[0] = numbers[0], keys[1] = numbers[1];
+    }
+    for (int p = 0; p < PLANES; p++) {
+      const uint8_t* digits = q + p * held + i;
+      load_tile<KEY>(keys[p], 128);
+      load_tile<QUERY>(digits, row), dot_signed<0, QUERY, KEY>();
+      load_tile<QUERY>(digits + stride, row), dot_signed<2, QUERY, KEY>();
+      load_tile<QUERY>(digits + 2 * stride, row), dot_signed<4, QUERY, KEY>();
+      load_tile<KEY>(keys[p] + 64, 128);
+      load_tile<QUERY>(digits, row), dot_signed<1, QUERY, KEY>();
+      load_tile<QUERY>(digits + stride, row), dot_signed<3, QUERY, KEY>();
+      load_tile<QUERY>(digits + 2 * stride, row), dot_signed<5, QUERY, KEY>();
+    }
+  }
+  alignas(64) int32_t sums[2 * DIGITS][TILE_LINES][LANES];
+  store_tile<0>(sums[0], 4 * LANES), store_tile<1>(sums[1], 4 * LANES), store_tile<2>(sums[2], 4 * LANES);
+  store_tile<3>(sums[3], 4 * LANES), store_tile<4>(sums[4], 4 * LANES), store_tile<5>(sums[5], 4 * LANES);
+  release();
+  for (int r = 0; r < rows; r++) {
+    F32 unit = all(load<float>(q + r * row + DIGITS * stride + 4 * DIGITS));
+    for (int half = 0; half < 2; half++) store(scores + r * KEYS + half * LANES, from_tiles(sums + half, 2, r) * unit);
+  }
+}
+
+template <int PLANES>
+void weigh_tiles(const uint8_t* laid, int lanes, const uint8_t* weights, int rows, float* mean, const uint8_t* next, int ahead) {
+  constexpr int WEIGHT = 3, VALUE = 6;
+  const int64_t line = 4 * lanes / PLANES;
+  Palette palette;
+  for (int d = 0; d < DIGITS; d++) palette.set(d, rows, 4 * LANES), palette.set(WEIGHT + d, rows, KEYS);
+  palette.set(VALUE, KEYS / 4, 4 * LANES);
+  use(palette);
+  load_tile<WEIGHT>(weights, WEIGHT_BYTES);
+  load_tile<WEIGHT + 1>(weights + KEYS, WEIGHT_BYTES);
+  load_tile<WEIGHT + 2>(weights + 2 * KEYS, WEIGHT_BYTES);
+  for (int at = 0; at < lanes; at += PLANES * LANES, laid += 64, next += ahead) {
+    fetch(next, ahead);
+    alignas(64) uint8_t numbers[2][KEYS / 4][64];
+    for (int t = 0; t < KEYS / 4 && PLANES == 2; t++) {
+      __m512i n[2];
+      numbers_of<PLANES, false>(_mm512_load_si512(laid + t * line), n);
+      for (int p = 0; p < 2; p++) _mm512_store_si512(numbers[p][t], n[p]);
+    }
+    for (int p = 0; p < PLANES; p++) {
+      if (PLANES == 2) load_tile<VALUE>(numbers[p], 64);
+      else load_tile<VALUE>(laid, line);
+      alignas(64) int32_t sums[DIGITS][TILE_LINES][LANES];
+      clear<0>(), dot_unsigned<0, WEIGHT, VALUE>(), store_tile<0>(sums[0], 4 * LANES);
+      clear<1>(), dot_unsigned<1, WEIGHT + 1, VALUE>(), store_tile<1>(sums[1], 4 * LANES);
+      clear<2>(), dot_unsigned<2, WEIGHT + 2, VALUE>(), store_tile<2>(sums[2], 4 * LANES);
+      for (int r = 0; r < rows; r++) {
+        F32 unit = all(load<float>(weights + r * WEIGHT_BYTES + DIGITS * KEYS));
+        float* to = mean + r * lanes + at + p * LANES;
+        store(to, fma(from_tiles(sums, 1, r), unit, load<F32>(to)));
+      }
+    }
+  }
+  release();
+}
+
+// Runs `op` over any number of rows, sixteen of them at a time.
+template <class Op>
+INLINE void in_sixteens(int rows, Op op) {
+  for (int r = 0; r < rows; r += TILE_LINES) op(r, rows - r < TILE_LINES ? rows - r : TILE_LINES);
+}
+
+#endif
 #else
 #define INTEGERS 0
 #endif

@@ -8,7 +8,8 @@
 //
 // Lanes are outputs, so a sum never crosses lanes: it runs over `in` from first to last, one number (or pair, the odd
 // one first, as vdpbf16ps does) after the other. That order is the same for every number of rows, tile and thread,
-// and so are the bits: decoding, verifying drafts and prefill agree by construction.
+// and so are the bits: decoding, verifying drafts and prefill agree by construction. With tiles (AMX) sixteen pairs go into
+// a product at once, whose order inside is the machine's, and a panel is four tiles as it lies.
 //
 // How bytes move: each thread streams panels of its own from memory, once, from first byte to last, which is all the
 // machine's own prefetchers ask for. For many rows a panel is cut into blocks of BLOCK inputs, which stay in the second
@@ -16,6 +17,7 @@
 // scratch between blocks.
 #include "export.h"
 #include "simd.h"
+#include "tiles.h"
 
 struct Linear {
   const void* x;       // [groups, rows, in], the innermost dimension contiguous
@@ -220,6 +222,81 @@ void chunk(const Linear& a, int64_t group, int64_t row, int64_t rows, int64_t pa
   }
   finish<T>(a, group, row, panel, rows, sums);
 }
+
+#if defined(TILES)
+// The same with tiles. Sixteen rows are multiplied at a time, fewer have fewer lines; a line does not depend on the others.
+template <>
+void chunk<uint16_t>(const Linear& a, int64_t group, int64_t row, int64_t rows, int64_t panel) {
+  constexpr int64_t inputs = TILE_BYTES / 2;
+  constexpr int X = 4, W = 5;  // tiles; those before are sums
+  const int64_t depth = depth_of<uint16_t>(a.in), width = width_of(panel, a.out_features);
+  const uint16_t* w = (const uint16_t*)a.weight + group * size_of<uint16_t>(a.in, a.out_features) + panel * PANEL * depth;
+  const uint16_t* from = (const uint16_t*)a.x + group * a.x_group;
+  const int64_t whole = a.in / inputs * inputs;
+  alignas(64) uint16_t last_w[inputs * PANEL] = {};  // what is left of the inputs, filled up with zeros
+  memcpy(last_w, w + whole * width, sizeof(uint16_t) * (depth - whole) * width);
+  alignas(64) float sums[CHUNK * PANEL];
+  int64_t lines = 0;
+  for (int64_t begin = 0; begin < a.in; begin += BLOCK) {
+    const int64_t end = begin + BLOCK < a.in ? begin + BLOCK : a.in;
+    for (int64_t r = 0; r < rows; r += TILE_LINES) {
+      const int64_t count = rows - r < TILE_LINES ? rows - r : TILE_LINES;
+      if (count != lines) {
+        Palette palette;
+        for (int i = 0; i < X; i++) palette.set(i, count, TILE_BYTES);
+        palette.set(X, count, TILE_BYTES);
+        for (int i = W; i < 8; i++) palette.set(i, TILE_LINES, TILE_BYTES);
+        use(palette);
+        lines = count;
+      }
+      auto place = [&](int64_t k) { return from + (a.sources ? a.sources[row + r + k] : row + r + k) * a.x_row; };
+      const uint16_t* x = place(0) + begin;
+      int64_t stride = a.x_row;
+      alignas(64) uint16_t gathered[TILE_LINES][BLOCK], last_x[TILE_LINES][inputs];
+      if (a.sources) {
+        for (int64_t k = 0; k < count; k++) memcpy(gathered[k], place(k) + begin, sizeof(uint16_t) * (end - begin));
+        x = gathered[0], stride = BLOCK;
+      }
+      const int64_t full = (end - begin) / inputs * inputs;
+      if (full < end - begin) {
+        memset(last_x, 0, sizeof last_x);
+        for (int64_t k = 0; k < count; k++) memcpy(last_x[k], x + k * stride + full, sizeof(uint16_t) * (end - begin - full));
+      }
+      auto across = [&](auto vectors) INLINE_LAMBDA {
+        float* at = sums + r * PANEL;
+        auto each = [&](auto then) INLINE_LAMBDA {
+          then(std::integral_constant<int, 0>());
+          if constexpr (vectors > 1) then(std::integral_constant<int, 1>());
+          if constexpr (vectors > 2) then(std::integral_constant<int, 2>());
+          if constexpr (vectors > 3) then(std::integral_constant<int, 3>());
+        };
+        auto advance = [&](const uint16_t* rows_of, int64_t distance, const uint16_t* weights) INLINE_LAMBDA {
+          load_tile<X>(rows_of, 2 * distance);
+          each([&](auto v) INLINE_LAMBDA {
+            load_tile<W + v % 3>(weights + v * LANES * 2, 4 * width);
+            dot_bf16<v, X, W + v % 3>();
+          });
+        };
+        each([&](auto v) INLINE_LAMBDA {
+          if (begin) load_tile<v>(at + v * LANES, 4 * PANEL);
+          else clear<v>();
+        });
+        for (int64_t i = 0; i < full; i += inputs) advance(x + i, stride, w + (begin + i) * width);
+        if (full < end - begin) advance(last_x[0], inputs, last_w);
+        each([&](auto v) INLINE_LAMBDA { store_tile<v>(at + v * LANES, 4 * PANEL); });
+      };
+      switch (width / LANES) {
+        case 1: across(std::integral_constant<int, 1>()); break;
+        case 2: across(std::integral_constant<int, 2>()); break;
+        case 3: across(std::integral_constant<int, 3>()); break;
+        case 4: across(std::integral_constant<int, 4>()); break;
+      }
+    }
+  }
+  release();
+  finish<uint16_t>(a, group, row, panel, rows, sums);
+}
+#endif
 
 template <class T>
 void linear(const Linear& a) {

@@ -160,6 +160,20 @@ def test_a_row_does_not_depend_on_its_chunk_or_its_companions(kind: str, group: 
         first += length
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="no tiles, neither AMX nor emulated ones (make amx)")
+@pytest.mark.parametrize("kind", ["int8", "kv4", "kv3", "latent"])
+def test_tiles_add_up_the_same_integers(kind: str) -> None:
+    """Sums of integers are exact, so sixteen rows at a time are bitwise the rows one by one."""
+    cache = long_cache(kind)
+    for counts, group in (([1, 1, 1, 1], 20), ([300, 37, 5, 1], 4)):
+        step = cache.step(counts)
+        queries = cache.queries(step, group)
+        with LIBRARY.using("amx"):
+            tiles = run(cache, step, queries)
+        with LIBRARY.using("avx512"):
+            assert torch.equal(tiles, run(cache, step, queries))
+
+
 @pytest.mark.parametrize("kind", ["int8", "latent"])
 def test_a_row_does_not_depend_on_the_threads(kind: str) -> None:
     cache = long_cache(kind)

@@ -1,6 +1,6 @@
-"""Run tests on a native library built with -DSANITIZE=ON: python tools/sanitize.py FOLDER [PYTEST ...].
+"""Run tests on another build of the native library: python tools/other_library.py FOLDER [PYTEST ...].
 
-The process must be started with libasan preloaded; `make sanitize` does both.
+`make sanitize` and `make amx` do. For one built with -DSANITIZE=ON the process must be started with libasan preloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> int:
     package.__path__.insert(0, str(Path(folder).resolve()))
     found = library()
     if found is None or not found.path.is_relative_to(Path(folder).resolve()):
-        sys.exit(f"{folder} holds no native library: build it there with -DSANITIZE=ON")
+        sys.exit(f"{folder} holds no native library: build it there first")
     return pytest.main(arguments)
 
 
