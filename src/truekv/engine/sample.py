@@ -6,7 +6,7 @@ import hashlib
 import math
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
@@ -172,8 +172,10 @@ def logprobs(sampling: Sampling, logits_NV: torch.Tensor, tokens: Sequence[int],
     if not tokens:
         return ()
     chosen_N, places_NK, found_NK = sampling.logprobs(logits_NV, tokens, count)
-    rows = zip(tokens, chosen_N.tolist(), places_NK.tolist(), found_NK.tolist(), strict=True)
-    return tuple(Logprob(token, own, tuple(zip(places, found, strict=True))) for token, own, places, found in rows)
+    own = cast("list[float]", chosen_N.tolist())
+    places, found = cast("list[list[int]]", places_NK.tolist()), cast("list[list[float]]", found_NK.tolist())
+    best = (tuple(zip(*pair, strict=True)) for pair in zip(places, found, strict=True))
+    return tuple(Logprob(*item) for item in zip(tokens, own, best, strict=True))
 
 
 def _check(name: str, tokens: Iterable[int], vocab_size: int) -> None:
