@@ -2,8 +2,8 @@
 
 A step goes through the states, weights and pages of 24 layers in turn, as a model does. torch's side of a recurrent
 step is the bare rule in its fastest form, batched matrix products in place; the native side also convolves, normalises,
-keeps the tail and writes the log. Prompts and encoding are compared with the reference kernels, linear maps with
-torch.nn.functional.linear in bfloat16. Times are processor time, the least of many.
+keeps the tail and writes the log. Prompts, encoding and sampling are compared with the reference kernels, linear maps
+with torch.nn.functional.linear in bfloat16. Times are processor time, the least of many.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any, Final
 from truekv.core.batch import Chunk
 from truekv.core.lazy import torch
 from truekv.core.ops import Part
+from truekv.core.sampling import Draw
 from truekv.core.spec import Field, ModelSpec, Paged, Recurrent
 from truekv.formats.choice import choose_formats
+from truekv.kernels.native.sampling import SAMPLING as NATIVE
+from truekv.kernels.reference.sampling import SAMPLING as REFERENCE
 from truekv.kernels.table import fastest_ops, select
 from truekv.memory.arena import Arena
 from truekv.memory.pages import PagedLayer
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from truekv.core.protocols import ScanKernel
+    from truekv.core.sampling import Sampling
 
 LAYERS: Final = 24
 PROMPT: Final = 512
@@ -46,6 +50,17 @@ SHAPES: Final = {
 ROWS: Final = (1, 4, 128, 512)
 # A layer of Qwen3.5-0.8B with attention: queries with gates, keys and values; the output; both maps of the MLP.
 MAPS: Final = {"qkv": (1024, 5120), "out": (2048, 1024), "up": (1024, 7168), "down": (3584, 1024)}
+VOCABULARY: Final = 151_936
+# Temperature, top_k, top_p and min_p over logits with some fifty likely tokens, or over normal ones, which are flat.
+DRAWS: Final = {
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "top_p .95, top_k 20": (0.8, 20, 0.95, 0.0),
+    "top_p .95": (0.8, 0, 0.95, 0.0),
+    "min_p .05": (0.8, 0, 1.0, 0.05),
+    "temperature .8": (0.8, 0, 1.0, 0.0),
+    "flat, top_p .95": (0.8, 0, 0.95, 0.0),
+    "flat, T 3, top_p .95": (3.0, 0, 0.95, 0.0),
+}
 CACHE: Final = Paged((Field("k", 2, 256, "key"), Field("v", 2, 256, "value")))
 
 
@@ -78,6 +93,7 @@ def main() -> None:
     rows += [linear(count, times) for count in ROWS]
     maps = sum(best(functools.partial(native_maps, 1, *size, LAYERS), times) for size in MAPS.values()) / LAYERS
     rows += [encode(name, maps, times) for name in ("int8", "kv4", "q4_0")]
+    rows += [sample(name, count, times // 4) for name in DRAWS for count in (1, 16)]
     if asked.json:
         sys.stdout.write(json.dumps({"rows": [asdict(row) for row in rows]}) + "\n")
     else:
@@ -114,6 +130,13 @@ def encode(name: str, maps: float, times: int) -> Measured:
     native = best(lambda: stores(name, "native"), times) / LAYERS
     reference = best(lambda: stores(name, "reference"), 3) / LAYERS
     return Measured("encode", f"{name} k, v 2x256", native, reference, reference / native, None, native / maps)
+
+
+def sample(name: str, rows: int, times: int) -> Measured:
+    """Measure the draw of a token from each of some rows of logits."""
+    native = best(lambda: draws(name, rows, NATIVE), 4 * times)
+    reference = best(lambda: draws(name, rows, REFERENCE), times)
+    return Measured(f"sample of {rows}", name, native, reference, reference / native, None)
 
 
 def best(make: Callable[[], Callable[[], None]], times: int) -> float:
@@ -204,6 +227,21 @@ def stores(name: str, backend: str) -> Callable[[], None]:
     def call() -> None:
         for stored in fields:
             arena.kernels.store(stored, rows_1KD, described)
+
+    return call
+
+
+def draws(name: str, rows: int, sampling: Sampling) -> Callable[[], None]:
+    """Return a call that draws."""
+    made = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, VOCABULARY, generator=made)
+    if not name.startswith("flat"):
+        likely = torch.randint(VOCABULARY, (rows, 50), generator=made)
+        logits.scatter_add_(1, likely, 9 + 6 * torch.rand(rows, 50, generator=made))
+    asked = [Draw(row, *DRAWS[name], 0.37) for row in logits]
+
+    def call() -> None:
+        sampling.draw(asked)
 
     return call
 

@@ -5,14 +5,17 @@
 //     or, where the machine multiplies bytes, a sum of integers, which is exact in any order (integers.h);
 //   - keys are taken in blocks of 32 from position 0 on, each with one step of the online softmax;
 //   - SPLIT keys make a partial result of their own, and partial results are folded one after the other.
-// Who computes which partial result is free. Few rows (a decode step) spread their splits over the threads; many rows
-// (a prefill chunk) go tile by tile, and each block of keys is decoded once for all rows of a tile.
+// Who computes which partial result is free. Few rows (a decode step) spread their splits over the threads, and who is
+// done with the last one of a tile folds them; many rows (a prefill chunk) go tile by tile, and each block of keys is
+// decoded once for all rows of a tile.
 //
 // Bytes move once, from memory through a decoder into registers: scales of rows are multiplied into scores and
 // weights, not into numbers, and the lines that a row needs are fetched AHEAD blocks before it is their turn.
 #include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -40,7 +43,8 @@ namespace {
 constexpr int SPLIT = 512;  // keys of one partial result
 constexpr int TILE = 64;    // query rows that share a decoded block
 constexpr int AHEAD = 2;    // blocks
-constexpr int64_t ALONE = 1 << 20;  // products below which waking another thread costs more than it saves
+constexpr int64_t ALONE = 1 << 21;  // products below which waking another thread costs more than it saves
+constexpr int FEW = 16;     // query rows of a tile whose partial results are no burden to keep
 
 // What a block of one field is read from.
 struct Source {
@@ -72,6 +76,31 @@ struct Item {
   int64_t sequence, head;
   int64_t first, rows;  // of the rows of this sequence and head
   int64_t split, splits;
+};
+
+// Pieces of work that the threads of a region take until none is left. A thread that wakes late has missed nothing: it
+// takes of what is left. Neighbours go together, so that the first keys of the next one are at hand, but ever fewer,
+// so that all threads end at the same time.
+struct Pieces {
+  const int64_t count;
+  std::atomic<int64_t> next{0}, done{0};
+
+  explicit Pieces(int64_t count) : count(count) {}
+
+  template <class Work>
+  void work_off(Work work) {
+    for (int64_t from = next.load(std::memory_order_relaxed); from < count;) {
+      const int64_t run = std::max<int64_t>(1, (count - from) / (2 * omp_get_num_threads()));
+      if (!next.compare_exchange_weak(from, from + run, std::memory_order_relaxed)) continue;
+      for (int64_t i = from; i < from + run; i++) work(i);
+      done.fetch_add(run, std::memory_order_release);
+      from = next.load(std::memory_order_relaxed);
+    }
+  }
+  // Until all are done, by whoever took them.
+  void wait() const {
+    while (done.load(std::memory_order_acquire) < count) sched_yield();
+  }
 };
 
 // A weighted sum of value rows, the sum of the weights, and the score they are relative to; for `rows` query rows.
@@ -112,17 +141,18 @@ class Attention {
   void run() {
     const int64_t token_bytes = a.heads * a.group * value.dim * (a.bf16 ? 2 : 4), owned = rows_of_head / a.group;
     if (owned < a.tokens) memset((char*)a.out + owned * token_bytes, 0, (a.tokens - owned) * token_bytes);
-    frame_queries();
     std::vector<Item> tiles = cut();
-    int64_t parts = 0, products = 0;
+    int64_t parts = 0, products = 0, most = 0;
     for (const Item& tile : tiles) {
       parts += tile.splits;
+      most = std::max(most, tile.rows);
       const int64_t last = position(tile.sequence, tile.first + tile.rows - 1);
       products += (last + 1 - oldest(position(tile.sequence, tile.first))) * tile.rows * 2 * value.dim;
     }
     worthwhile = products > ALONE;
     // Enough tiles for all threads need no second level.
-    if ((int64_t)tiles.size() >= 4 * omp_get_max_threads() || parts == (int64_t)tiles.size()) whole(tiles);
+    const int64_t enough = (most > FEW ? 4 : 16) * omp_get_max_threads();
+    if ((int64_t)tiles.size() >= enough || parts == (int64_t)tiles.size()) whole(tiles);
     else split(tiles, parts);
   }
 
@@ -144,33 +174,27 @@ class Attention {
     return queries[field].get() + (head * rows_of_head + row) * scored[field].lanes;
   }
 
-  template <class Then>
-  void each_row(Then then) const {
-    for (int64_t b = 0; b < a.batch; b++) {
-#pragma omp parallel for schedule(static) collapse(2) if (a.count[b] > 8)
-      for (int64_t i = 0; i < a.count[b]; i++)
-        for (int64_t q = 0; q < a.heads * a.group; q++)
-          then(a.gather[b * a.longest + i], q / a.group, q, first_row[b] + i * a.group + q % a.group);
-    }
-  }
+  // Query rows of one field: [sequence][token][query head].
+  int64_t framed_rows() const { return a.fields * rows_of_head * a.heads; }
 
-  void frame_queries() const {
-    for (int f = 0; f < a.fields; f++) {
-      const Stored& field = a.scored[f];
-      each_row([&](int64_t token, int64_t head, int64_t query_head, int64_t row) {
-        alignas(64) float x[LONGEST];
-        read_row(a.queries[f], a.bf16, token * a.token_stride[f] + query_head * a.head_stride[f], field.dim, x);
-        query_into_frame(field, head, x);
-        float* to = query(f, head, row);
+  // The `index`th of them all, field after field.
+  void frame_query(int64_t index) const {
+    const int f = (int)(index / (rows_of_head * a.heads));
+    const int64_t at = index % (rows_of_head * a.heads), place = at / (a.heads * a.group), head = at % (a.heads * a.group);
+    const int64_t b = std::upper_bound(first_row.begin(), first_row.end(), place * a.group) - first_row.begin() - 1;
+    const int64_t token = a.gather[b * a.longest + place - first_row[b] / a.group];
+    const Stored& field = a.scored[f];
+    alignas(64) float x[LONGEST];
+    read_row(a.queries[f], a.bf16, token * a.token_stride[f] + head * a.head_stride[f], field.dim, x);
+    query_into_frame(field, head / a.group, x);
+    float* to = query(f, head / a.group, place * a.group + head % a.group);
 #if INTEGERS
-        if (of_integers(field.code)) {
-          for (int i = 0; i < field.dim; i++) x[i] *= a.factor;
-          return write_query(x, field.dim, to);
-        }
-#endif
-        for (int lane = 0; lane < scored[f].lanes; lane++) to[lane] = dims[f][lane] < 0 ? 0.0f : x[dims[f][lane]] * a.factor;
-      });
+    if (of_integers(field.code)) {
+      for (int i = 0; i < field.dim; i++) x[i] *= a.factor;
+      return write_query(x, field.dim, to);
     }
+#endif
+    for (int lane = 0; lane < scored[f].lanes; lane++) to[lane] = dims[f][lane] < 0 ? 0.0f : x[dims[f][lane]] * a.factor;
   }
 
   static std::vector<int> dims_of(const Stored& field, const Shape& shape) {
@@ -213,8 +237,11 @@ class Attention {
   }
 
   void whole(const std::vector<Item>& tiles) const {
+    Pieces rows(framed_rows());
 #pragma omp parallel if (worthwhile)
     {
+      rows.work_off([&](int64_t i) { frame_query(i); });
+      rows.wait();
       Floats space = floats(workspace(TILE)), one = floats(Partial::size(TILE, value.lanes)), sum = floats(Partial::size(TILE, value.lanes));
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < (int64_t)tiles.size(); i++) {
@@ -233,9 +260,11 @@ class Attention {
   void split(const std::vector<Item>& tiles, int64_t parts) const {
     std::vector<std::pair<int64_t, int64_t>> work;  // (tile, split)
     std::vector<int64_t> place;                     // of the first partial result of each tile
+    std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[tiles.size()]);
     int64_t size = 0;
     for (int64_t i = 0; i < (int64_t)tiles.size(); i++) {
       place.push_back(size);
+      missing[i] = tiles[i].splits;
       for (int64_t s = 0; s < tiles[i].splits; s++) work.emplace_back(i, s);
       size += tiles[i].splits * Partial::size(tiles[i].rows, value.lanes);
     }
@@ -243,23 +272,22 @@ class Attention {
     auto partial = [&](int64_t i, int64_t s) {
       return Partial(held.get() + place[i] + s * Partial::size(tiles[i].rows, value.lanes), tiles[i].rows, value.lanes);
     };
-    // Neighbours go to one thread, which then has the first keys of the next one at hand.
-    const int64_t neighbours = std::max<int64_t>(1, parts / (4 * omp_get_max_threads()));
+    Pieces rows(framed_rows()), pieces(parts);
 #pragma omp parallel if (worthwhile)
     {
-      Floats space = floats(workspace(TILE));
-#pragma omp for schedule(dynamic, neighbours)
-      for (int64_t w = 0; w < parts; w++) {
-        const Item& tile = tiles[work[w].first];
-        attend_split(tile, tile.split + work[w].second, partial(work[w].first, work[w].second), space.get());
-      }
-    }
-    for (int64_t i = 0; i < (int64_t)tiles.size(); i++) {
-      Floats sum = floats(Partial::size(tiles[i].rows, value.lanes));
-      Partial folded(sum.get(), tiles[i].rows, value.lanes);
-      folded.clear(tiles[i].rows, value.lanes);
-      for (int64_t s = 0; s < tiles[i].splits; s++) fold(folded, partial(i, s), tiles[i].rows);
-      finish(tiles[i], folded);
+      rows.work_off([&](int64_t i) { frame_query(i); });
+      rows.wait();
+      Floats space = floats(workspace(TILE)), sum = floats(Partial::size(TILE, value.lanes));
+      pieces.work_off([&](int64_t w) {
+        const int64_t i = work[w].first;
+        const Item& tile = tiles[i];
+        attend_split(tile, tile.split + work[w].second, partial(i, work[w].second), space.get());
+        if (missing[i].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+        Partial folded(sum.get(), tile.rows, value.lanes);
+        folded.clear(tile.rows, value.lanes);
+        for (int64_t s = 0; s < tile.splits; s++) fold(folded, partial(i, s), tile.rows);
+        finish(tile, folded);
+      });
     }
   }
 

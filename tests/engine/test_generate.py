@@ -121,6 +121,25 @@ def test_the_same_seed_gives_the_same_tokens_in_any_company(llm: LLM) -> None:
     assert llm.generate(PROMPTS[0], again)[0].tokens == drawn.tokens
 
 
+def test_a_step_draws_in_one_call_what_depends_on_its_logits_alone(dense: Path) -> None:
+    def answers(counted: list[int], **asked: Any) -> list[list[int]]:
+        params = [SamplingParams(max_tokens=6, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(3)]
+        params.append(SamplingParams(max_tokens=6, temperature=1.0, seed=9, ignore_eos=True, **asked))
+        llm = LLM(str(dense), max_model_len=128)
+        tokens = [result.tokens for result in llm.generate(PROMPTS, params)]
+        kernels = llm._blueprint.kernels
+        assert {where for what, where in kernels.describe() if what.startswith("sample")} == {kernels.backend}
+        counted += [kernels.calls["sample"], engine_of(llm).steps]
+        return tokens
+
+    plain, punished = list[int](), list[int]()
+    together, apart = answers(plain), answers(punished, presence_penalty=1e-3)
+    assert plain == [6, 6]
+    # A penalty knows its tokens only when they are drawn: that request asks for each of them alone.
+    assert punished == [12, 6]
+    assert together == apart
+
+
 def test_drafts_are_verified_with_logits_for_every_token(directory: Path) -> None:
     llm = LLM(
         str(directory), max_model_len=128, speculative_config=Speculation(num_speculative_tokens=3), debug_poison=True

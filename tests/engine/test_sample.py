@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truekv import Refused, SamplingParams
+from truekv.core.errors import Corrupted
 from truekv.core.options import StructuredOutputs
-from truekv.engine.sample import Sampler, draw, logprob
+from truekv.engine.sample import Sampler, draw, logprobs
+from truekv.kernels.table import fastest_sampling
 
 DRAWS = 4000
 
@@ -37,7 +39,7 @@ def excess(tokens: list[int], expected: torch.Tensor) -> float:
 
 def distribution(one: Sampler, logits: torch.Tensor) -> torch.Tensor:
     """The probabilities from which a sampler would draw its next token."""
-    weights, tokens = one._candidates(one._adjust(logits))
+    weights, tokens = one.sampling.candidates(one.ask(logits))
     return torch.zeros(len(logits), dtype=torch.float64).index_put((tokens,), weights / weights.sum())
 
 
@@ -327,14 +329,36 @@ def test_penalties_see_the_same_past_with_and_without_drafts() -> None:
 
 
 def test_logprobs_are_those_of_the_softmax() -> None:
-    found = logprob(LOGITS, 4, 3)
+    kernels = fastest_sampling()
+    (found,) = logprobs(kernels, LOGITS[None], [4], 3)
     expected = torch.log_softmax(LOGITS, 0)
     assert found.token == 4
     assert found.logprob == pytest.approx(float(expected[4]), abs=1e-6)
     assert [token for token, _ in found.top] == [0, 5, 1]
-    everything = logprob(LOGITS, 0, 20)
+    (everything,) = logprobs(kernels, LOGITS[None], [0], 20)
     assert sum(math.exp(value) for _, value in everything.top) == pytest.approx(1.0, abs=1e-6)
-    assert logprob(LOGITS, 4, 0).top == ()
+    (bare,) = logprobs(kernels, LOGITS[None], [4], 0)
+    assert bare.top == ()
+    assert logprobs(kernels, LOGITS[None][:0], [], 3) == ()
+
+
+def test_logits_that_penalties_and_bias_make_infinite_are_no_token() -> None:
+    row = torch.tensor([3e38, 1.0, 2.0])
+    for temperature in (0.0, 1.0):
+        one = sampler(SamplingParams(temperature=temperature, repetition_penalty=0.01), (0,), 3)
+        with pytest.raises(Corrupted, match="have no largest number after bias and penalties"):
+            one.choose(row)
+
+
+def test_rows_are_drawn_ahead_of_one_another_only_where_none_depends_on_the_one_before() -> None:
+    plain = SamplingParams(temperature=1.0, seed=3, top_k=4, min_p=0.01)
+    one, other = sampler(plain), sampler(plain)
+    rows = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    ahead = one.sampling.draw([one.ask(row, place) for place, row in enumerate(rows)])
+    assert [one.take(token) for token in ahead] == [other.choose(row) for row in rows]
+    assert one.independent
+    for asked in ({"presence_penalty": 0.1}, {"logit_bias": {1: 1.0}}, {"min_tokens": 1}, {"repetition_penalty": 1.1}):
+        assert not sampler(SamplingParams(**asked)).independent  # type: ignore[arg-type]
 
 
 HUGE = 10**5000

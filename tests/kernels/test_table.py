@@ -37,13 +37,14 @@ def test_the_table_names_every_operation_of_every_layer_once() -> None:
         ("store k=bf16 2x64", "reference"),
         ("store v=bf16 2x64", "reference"),
         ("attend k=bf16 2x64, v=bf16 2x64", "reference"),
+        ("sample vocab=64", "reference"),
     )
 
 
 def test_draft_layers_are_part_of_the_table_when_they_run() -> None:
     spec = model_spec((gdn(),), (gqa(dim=64),))
-    assert len(select(spec, ((),)).describe()) == 1
-    assert len(select(spec, (None,), formats_of(spec.draft_layers, "int8")).describe()) == 4
+    assert len(select(spec, ((),)).describe()) == 2
+    assert len(select(spec, (None,), formats_of(spec.draft_layers, "int8")).describe()) == 5
 
 
 def test_an_unknown_rule_is_refused_by_name() -> None:

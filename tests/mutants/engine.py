@@ -69,7 +69,7 @@ def another_seed_after_preemption() -> list[Patch]:
         lost.add(id(request))
         again(self, request)
 
-    def draw_anew(self: Answer, logits_V: torch.Tensor) -> Any:
+    def draw_anew(self: Answer, logits_V: torch.Tensor, drawn: int | None = None) -> Any:
         if id(self.request) in lost and self.sampler.seed is not None:
             lost.discard(id(self.request))
             self.sampler.seed += 1
@@ -96,7 +96,7 @@ def memory_of_ended_kept() -> list[Patch]:
 
 
 def likeliest_draft_accepted() -> list[Patch]:
-    def take(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int]) -> Any:
+    def take(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()) -> Any:
         events: list[Any] = []
         for place, logits_V in enumerate(logits_NV):
             events += self._choose(logits_V)
@@ -114,8 +114,8 @@ def likeliest_draft_accepted() -> list[Patch]:
 def rejected_drafts_punished() -> list[Patch]:
     take = Answer.take
 
-    def count_all(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int]) -> Any:
-        events, accepted = take(self, logits_NV, drafts)
+    def count_all(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()) -> Any:
+        events, accepted = take(self, logits_NV, drafts, drawn)
         for token in drafts[accepted:]:
             if self.sampler._penalties is not None:
                 self.sampler._penalties.count(token)
@@ -127,7 +127,7 @@ def rejected_drafts_punished() -> list[Patch]:
 def bonus_of_the_row_before() -> list[Patch]:
     take = Answer.take
 
-    def shifted(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int]) -> Any:
+    def shifted(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()) -> Any:
         rows = logits_NV.clone()
         if drafts:
             rows[-1] = rows[-2]
@@ -137,8 +137,8 @@ def bonus_of_the_row_before() -> list[Patch]:
 
 
 def logprobs_after_temperature() -> list[Patch]:
-    logprob = answer_module.logprob
-    return [Patch(answer_module, "logprob", lambda logits_V, token, count: logprob(logits_V / 2, token, count))]
+    logprobs = answer_module.logprobs
+    return [Patch(answer_module, "logprobs", lambda kernels, rows, *asked: logprobs(kernels, rows / 2, *asked))]
 
 
 def length_baked() -> list[Patch]:

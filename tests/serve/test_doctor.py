@@ -48,14 +48,16 @@ def test_a_models_kernels_are_those_of_its_engine(truekv: Call) -> None:
     report = json.loads(truekv("doctor", "tiny-hybrid", "--kv-cache-dtype", "int8/kv4", "--json").out)
     kernels = design("tiny-hybrid", EngineOptions(kv_cache_dtype="int8/kv4")).kernels.describe()
     assert [(f"{row['operation']} {row['on']}", row["backend"]) for row in report["kernels"]] == list(kernels)
-    assert {row["operation"] for row in report["kernels"]} == {"scan", "store", "attend"}
+    assert {row["operation"] for row in report["kernels"]} == {"scan", "store", "attend", "sample"}
     for row in report["kernels"]:
         assert row["instruction_set"] == (report["library"]["chosen"] if row["backend"] == "native" else "torch")
 
 
 def test_kernels_in_triton_are_named() -> None:
     pytest.importorskip("triton")
-    rows = examine("tiny-hybrid", EngineOptions(kv_cache_dtype="int8", kernel_backend="triton")).kernels
+    *rows, sample = examine("tiny-hybrid", EngineOptions(kv_cache_dtype="int8", kernel_backend="triton")).kernels
+    assert sample.operation == "sample"  # of logits that lie on the host
+    assert sample.backend != "triton"
     assert {(row.operation, row.backend, row.instruction_set) for row in rows} == {
         (operation, "triton", "triton") for operation in ("scan", "store", "attend")
     }

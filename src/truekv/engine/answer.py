@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from truekv.engine.events import Ended, Sampled, Stored
-from truekv.engine.sample import logprob
+from truekv.engine.sample import logprobs
 from truekv.engine.tokens import StopStrings, TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from truekv.core.lazy import torch
+    from truekv.core.sampling import Draw
     from truekv.engine.events import Event
     from truekv.engine.request import Request
     from truekv.engine.sample import Logprob, Sampler
@@ -37,10 +38,17 @@ class Answer:
             return share.count + len(share.drafts)
         return 1 + len(share.drafts) if share.samples else 0
 
-    def after(self, share: Share, logits_NV: torch.Tensor) -> tuple[list[Event], int]:
+    def draws(self, share: Share, logits_NV: torch.Tensor) -> list[Draw]:
+        """Return the draws of a share's tokens where none depends on those before it, else nothing."""
+        if not share.samples or not self.sampler.independent:
+            return []
+        return [self.sampler.ask(logits_V, place) for place, logits_V in enumerate(_sampled(share, logits_NV))]
+
+    def after(self, share: Share, logits_NV: torch.Tensor, drawn: Sequence[int] = ()) -> tuple[list[Event], int]:
         """Turn the `wanted` logits of a share that has run, not advanced yet, into events.
 
-        Also returns how many of its drafts are real. Raises ConstraintFailed where a grammar cannot go on.
+        `drawn`: what came of `draws`. Also returns how many of the share's drafts are real. Raises
+        ConstraintFailed where a grammar cannot go on.
         """
         request = self.request
         events: list[Event] = []
@@ -51,7 +59,7 @@ class Answer:
             events.append(Stored(request.identity, done, len(request.prompt), request.cached or 0, logprobs))
         if not share.samples:
             return events, 0
-        found, accepted = self.take(logits_NV[len(logits_NV) - len(share.drafts) - 1 :], share.drafts)
+        found, accepted = self.take(_sampled(share, logits_NV), share.drafts, drawn)
         return events + found, accepted
 
     def _reports(self, share: Share) -> bool:
@@ -66,10 +74,13 @@ class Answer:
         start = request.held.position
         places = range(max(self._reported, start + 1), min(start + share.count + 1, len(request.prompt)))
         self._reported = max(self._reported, places.stop)
-        return tuple(logprob(logits_NV[place - start - 1], request.prompt[place], count) for place in places)
+        before = slice(places.start - start - 1, places.stop - start - 1)
+        return logprobs(self.sampler.sampling, logits_NV[before], [request.prompt[place] for place in places], count)
 
-    def take(self, logits_NV: torch.Tensor, drafts: Sequence[int]) -> tuple[list[Sampled | Ended], int]:
-        """Choose tokens from the logits of a newest token and of the drafts after it.
+    def take(
+        self, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()
+    ) -> tuple[list[Sampled | Ended], int]:
+        """Choose tokens from the logits of a newest token and of the drafts after it, unless they are drawn already.
 
         Each row is sampled as if there were no drafts, and the next row counts only if its draft is
         what was sampled. A draft is a point mass, so this accepts it with the probability that the
@@ -79,18 +90,20 @@ class Answer:
         """
         events: list[Sampled | Ended] = []
         for place, logits_V in enumerate(logits_NV):
-            events += self._choose(logits_V)
+            events += self._choose(logits_V, drawn[place] if drawn else None)
             sampled = events[-1]
             if isinstance(sampled, Ended) or place == len(drafts) or sampled.token != drafts[place]:
                 return events, place
         raise AssertionError("the last row has no draft after it")
 
-    def _choose(self, logits_V: torch.Tensor) -> list[Sampled | Ended]:
+    def _choose(self, logits_V: torch.Tensor, drawn: int | None = None) -> list[Sampled | Ended]:
         """Choose the next token and say what follows from it; the last event tells whether the answer goes on."""
         request, params = self.request, self.request.params
-        token = self.sampler.choose(logits_V)
+        token = self.sampler.choose(logits_V) if drawn is None else self.sampler.take(drawn)
         request.tokens.append(token)
-        report = logprob(logits_V, token, params.logprobs) if params.logprobs else None
+        report: Logprob | None = None
+        if params.logprobs:
+            (report,) = logprobs(self.sampler.sampling, logits_V[None], [token], params.logprobs)
         ends = token in self.sampler.ends
         text, stopped = self._stops.push(self._text.push(token)) if self._text and not ends else ("", False)
         sampled = Sampled(request.identity, token, text, report)
@@ -107,3 +120,8 @@ class Answer:
         """Return the text held back and whether the unfinished character at its end completed a stop string."""
         text, stopped = self._stops.push(self._text.flush()) if self._text else ("", False)
         return (text, True) if stopped else (text + self._stops.flush(), False)
+
+
+def _sampled(share: Share, logits_NV: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a share's newest token and of its drafts."""
+    return logits_NV[len(logits_NV) - len(share.drafts) - 1 :]

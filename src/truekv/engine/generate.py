@@ -81,7 +81,8 @@ class Engine:
         asked = params.structured_outputs
         constraint = self._grammars.compile(asked) if asked else None
         ends = frozenset[int]() if params.ignore_eos else self.ends
-        return Sampler(params, prompt, self.runner.model.spec.vocab_size, ends, constraint)
+        kernels = self.runner.arena.kernels
+        return Sampler(params, prompt, self.runner.model.spec.vocab_size, ends, constraint, kernels)
 
     def add_all(self, asked: Iterable[Asked]) -> list[Request]:
         """Queue all of several prompts, or none when one of them is refused."""
@@ -172,11 +173,11 @@ class Engine:
         events: list[Event] = []
         verified: list[Verified] = []
         start = 0
-        for share, logits_NV in zip(shares, ran.rows, strict=True):
+        for share, logits_NV, drawn in zip(shares, ran.rows, self._drawn(shares, ran), strict=True):
             try:
                 if isinstance(logits_NV, Corrupted):
                     raise logits_NV
-                found, accepted = self._answers[share.request.identity].after(share, logits_NV)
+                found, accepted = self._answers[share.request.identity].after(share, logits_NV, drawn)
             except (Corrupted, ConstraintFailed) as error:
                 events.append(self._fail(share.request, error))
             else:
@@ -191,6 +192,16 @@ class Engine:
         for item in verified:
             self._advance(item)
         return events
+
+    def _drawn(self, shares: list[Share], ran: Ran) -> list[list[int]]:
+        """Draw at once what depends on nothing but its logits; a share's list is empty where that is not so."""
+        draws = [
+            [] if isinstance(rows, Corrupted) else self._answers[share.request.identity].draws(share, rows)
+            for share, rows in zip(shares, ran.rows, strict=True)
+        ]
+        together = [draw for some in draws for draw in some]
+        tokens = iter(self.runner.arena.kernels.draw(together) if together else ())
+        return [list(itertools.islice(tokens, len(some))) for some in draws]
 
     def _advance(self, item: Verified) -> None:
         request = item.share.request

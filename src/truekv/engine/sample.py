@@ -1,4 +1,4 @@
-"""From one row of logits to one token; the draw depends on the seed and the place, on nothing else."""
+"""From rows of logits to the tokens of one request; a draw depends on the seed and the place, on nothing else."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import hashlib
 import math
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from truekv.core.errors import Refused
+from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
-from truekv.engine.candidates import at_least, best, largest, nucleus
+from truekv.core.sampling import Draw
+from truekv.kernels.table import fastest_sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from truekv.core.options import SamplingParams
+    from truekv.core.sampling import Sampling
     from truekv.engine.constrain import Constraint
 
 
@@ -33,9 +35,10 @@ class Sampler:
     """Chooses the tokens of one request, one after the other.
 
     The number drawn for the i-th token is a hash of (seed, i): a request that is restarted or batched
-    with others draws the same, and no generator state exists. A verify step calls `choose` row by row
-    and stops at the first draft that differs, so nothing is ever taken back. The order of the
-    processors is vLLM's: grammar, min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p.
+    with others draws the same, and no generator state exists. A verify step takes token after token
+    and stops at the first draft that differs, so nothing is ever taken back; what is drawn for the rows
+    after it is forgotten. The order of the processors is vLLM's: grammar, min_tokens, logit_bias,
+    penalties, temperature, min_p, top_k, top_p; the last four are the kernel's.
     """
 
     def __init__(
@@ -45,18 +48,20 @@ class Sampler:
         vocab_size: int,
         ends: frozenset[int],
         constraint: Constraint | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         """Fix the seed: the one asked for, or a fresh one where sampling needs it.
 
-        `ends`: the ids that end an answer (none for ignore_eos). Refused: ids the vocabulary lacks.
+        `ends`: the ids that end an answer (none for ignore_eos). `sampling`: the kernels, else the fastest
+        that are there. Refused: ids the vocabulary lacks.
         """
+        self.sampling = fastest_sampling() if sampling is None else sampling
         self.params = params
         self.ends = ends | frozenset(params.stop_token_ids)
         """The ids that end this answer: those of the checkpoint and those asked for."""
         bias = params.logit_bias or {}
         _check("logit_bias", bias, vocab_size)
         _check("stop_token_ids", params.stop_token_ids, vocab_size)
-        self._greedy = params.temperature == 0 or params.top_k == 1
         self.seed = params.seed if params.seed is not None or params.temperature == 0 else secrets.randbits(63)
         self._constraint = constraint
         self._chosen = 0
@@ -75,19 +80,44 @@ class Sampler:
         """Return the longest beginning of the drafts that the grammar admits, without advancing it."""
         return drafts if self._constraint is None else drafts[: self._constraint.admits(drafts)]
 
-    def choose(self, logits_V: torch.Tensor) -> int:
-        """Return the next token of the answer and remember it; logits are finite float32 [vocab] on the CPU.
+    @property
+    def independent(self) -> bool:
+        """Whether a row of logits is all that a token depends on, so that later rows can be drawn from at once."""
+        return self._constraint is None and self._penalties is None and self._biased is None and self._banned is None
 
-        The logits stay as they are. Raises ConstraintFailed where the grammar cannot go on.
+    def ask(self, logits_V: torch.Tensor, ahead: int = 0) -> Draw:
+        """Return the draw of the next token, or of the one that follows `ahead` others if it is `independent`.
+
+        Logits are finite float32 [vocab] on the CPU and stay as they are. Raises ConstraintFailed where the
+        grammar cannot go on.
         """
+        params = self.params
+        point = 0.0 if params.temperature == 0 else draw(self.seed or 0, self._chosen + ahead)
         adjusted_V = self._adjust(logits_V)
-        token = largest(adjusted_V) if self._greedy else self._draw(adjusted_V)
+        return Draw(adjusted_V, params.temperature, params.top_k, params.top_p, params.min_p, point)
+
+    def take(self, token: int) -> int:
+        """Remember a token that was drawn, and return it.
+
+        Raises Corrupted for -1, which is what a row without a distribution gives, and ConstraintFailed where
+        the grammar cannot go on.
+        """
+        if token < 0:
+            raise Corrupted(
+                f"the logits of token {self._chosen} of the answer have no largest number after bias and penalties; "
+                "ask for smaller ones"
+            )
         self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
         if self._constraint is not None:
             self._constraint.advance(token)
         return token
+
+    def choose(self, logits_V: torch.Tensor) -> int:
+        """Draw the next token of the answer from its row alone, and remember it."""
+        (token,) = self.sampling.draw([self.ask(logits_V)])
+        return self.take(token)
 
     def _adjust(self, logits_V: torch.Tensor) -> torch.Tensor:
         """Apply what can change the best token; the row itself is returned where nothing applies."""
@@ -99,43 +129,6 @@ class Sampler:
         if self._biased is not None:
             row_V = row_V.index_add(0, self._biased, self._bias)
         return row_V if self._penalties is None else self._penalties.apply(row_V)
-
-    def _draw(self, logits_V: torch.Tensor) -> int:
-        """Sample from what temperature and filters leave."""
-        weights_K, tokens_K = self._candidates(logits_V)
-        cumulated_K = weights_K.cumsum(0)
-        # Below the whole mass, so the first place beyond it exists and has a weight of its own.
-        point = draw(self.seed or 0, self._chosen) * float(cumulated_K[-1])
-        return int(tokens_K[int(torch.searchsorted(cumulated_K, point, right=True))])
-
-    def _candidates(self, logits_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (weights in proportion to the probabilities, tokens) after temperature and filters."""
-        top = logits_V.max()
-        if self.params.top_k:
-            values_K, tokens_K = best(logits_V, self.params.top_k)
-            scaled_K = self._scaled(values_K, top)
-            if self.params.min_p:
-                scaled_K = scaled_K.masked_fill(scaled_K < math.log(self.params.min_p), -math.inf)
-            return self._nucleus(torch.softmax(scaled_K, dim=0), tokens_K)
-        if self.params.min_p:
-            # The best one stands at 0, so this compares probabilities with that of the best.
-            scaled_V = self._scaled(logits_V, top)
-            tokens_K = at_least(scaled_V, math.log(self.params.min_p))
-            return self._nucleus(torch.softmax(scaled_V[tokens_K], dim=0), tokens_K)
-        weights_V = torch.softmax(self._scaled(logits_V, top), dim=0)
-        return self._nucleus(weights_V, torch.arange(len(weights_V)))
-
-    def _scaled(self, logits_K: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-        """Return float64 logits over the temperature."""
-        # The largest logit is taken off first: a tiny temperature then gives -inf and 0, never inf - inf.
-        return (logits_K.double() - top) / self.params.temperature
-
-    def _nucleus(self, weights_K: torch.Tensor, tokens_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Apply top-p to candidates."""
-        if self.params.top_p == 1:
-            return weights_K, tokens_K
-        weights_K, places_K = nucleus(weights_K, self.params.top_p)
-        return weights_K, tokens_K[places_K]
 
 
 class Penalties:
@@ -174,12 +167,15 @@ def draw(seed: int, index: int) -> float:
     return (int.from_bytes(digest) >> 11) * 2.0**-53
 
 
-def logprob(logits_V: torch.Tensor, token: int, count: int) -> Logprob:
-    """Return the log-probability of a token and of the `count` most likely ones."""
-    logprobs_V = torch.log_softmax(logits_V.float(), dim=0)
-    best = logprobs_V.topk(min(count, len(logprobs_V)))
-    top = tuple(zip((int(item) for item in best.indices), (float(item) for item in best.values), strict=True))
-    return Logprob(token, float(logprobs_V[token]), top)
+def logprobs(sampling: Sampling, logits_NV: torch.Tensor, tokens: Sequence[int], count: int) -> tuple[Logprob, ...]:
+    """Return the log-probability of a token of each row, and of the row's `count` most likely ones."""
+    if not tokens:
+        return ()
+    chosen_N, places_NK, found_NK = sampling.logprobs(logits_NV, tokens, count)
+    own = cast("list[float]", chosen_N.tolist())
+    places, found = cast("list[list[int]]", places_NK.tolist()), cast("list[list[float]]", found_NK.tolist())
+    best = (tuple(zip(*pair, strict=True)) for pair in zip(places, found, strict=True))
+    return tuple(Logprob(*item) for item in zip(tokens, own, best, strict=True))
 
 
 def _check(name: str, tokens: Iterable[int], vocab_size: int) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
     from truekv.core.ops import Ops
     from truekv.core.protocols import CacheFormat, ScanKernel, Stored
+    from truekv.core.sampling import Draw, Sampling
     from truekv.core.spec import LayerSpec, ModelSpec
 
 Formats = tuple["CacheFormat", ...]
@@ -71,6 +72,7 @@ class Kernels:
     paged: PagedKernels
     scans: Mapping[str, ScanKernel]
     ops: Ops
+    sampling: Sampling
     rows: tuple[tuple[str, str], ...]
     calls: Counter[str] = field(default_factory=Counter[str], compare=False)
 
@@ -103,6 +105,22 @@ class Kernels:
         """Run the layer's recurrent rule; see core.protocols.ScanKernel."""
         self.calls[f"scan[{layer.rule}]"] += 1
         return self.scans[layer.rule](layer, inputs, weights, state, log, step)
+
+    def draw(self, draws: Seq[Draw]) -> list[int]:
+        """Draw one token from each of some rows of logits; see core.sampling.Sampling."""
+        self.calls["sample"] += 1
+        return self.sampling.draw(draws)
+
+    def candidates(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `draw` chooses from."""
+        return self.sampling.candidates(draw)
+
+    def logprobs(
+        self, logits_NV: torch.Tensor, tokens: Seq[int], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return log-probabilities of the tokens and of the best ones."""
+        self.calls["logprobs"] += 1
+        return self.sampling.logprobs(logits_NV, tokens, count)
 
     def describe(self) -> tuple[tuple[str, str], ...]:
         """(operation with its formats and sizes, backend) for every operation the model will use."""
@@ -149,12 +167,19 @@ def select(
             sizes = " ".join(f"{name}={size}" for name, size in layer.sizes)
             rows[f"scan {layer.rule} {sizes}".strip()] = scans[layer.rule][0]
     kernels = MappingProxyType({rule: kernel for rule, (_, kernel) in scans.items()})
-    return Kernels(chosen, paged, kernels, _ops(chosen), tuple(rows.items()))
+    sampler = _sampler(chosen)
+    rows[f"sample vocab={spec.vocab_size}"] = sampler
+    return Kernels(chosen, paged, kernels, _ops(chosen), _sampling(sampler), tuple(rows.items()))
 
 
 def fastest_ops(device: torch.device | str = "cpu") -> Ops:
     """Return the operations of a device's fastest backend that is there, for a pass that stores rows as they are."""
     return _ops(_fastest((), torch.device(device).type))
+
+
+def fastest_sampling() -> Sampling:
+    """Return how the fastest backend that is there draws tokens."""
+    return _sampling(_sampler(NATIVE))
 
 
 def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]], device: str) -> str:
@@ -198,6 +223,15 @@ def _paged(backend: str) -> PagedKernels:
 
 def _ops(backend: str) -> Ops:
     return cast("Ops", importlib.import_module(f"{__package__}.{backend}.ops").OPS)
+
+
+def _sampler(backend: str) -> str:
+    """Return the backend that draws tokens for another: logits lie on the host, whatever made them."""
+    return REFERENCE if backend == REFERENCE or library() is None else NATIVE
+
+
+def _sampling(backend: str) -> Sampling:
+    return cast("Sampling", importlib.import_module(f"{__package__}.{backend}.sampling").SAMPLING)
 
 
 def _scans(backend: str) -> dict[str, ScanKernel]:
