@@ -37,10 +37,11 @@ class Answer:
             return share.count + len(share.drafts)
         return 1 + len(share.drafts) if share.samples else 0
 
-    def after(self, share: Share, logits_NV: torch.Tensor) -> tuple[list[Event], int]:
+    def after(self, share: Share, logits_NV: torch.Tensor, likeliest: list[int]) -> tuple[list[Event], int]:
         """Turn the `wanted` logits of a share that has run, not advanced yet, into events.
 
-        Also returns how many of its drafts are real. Raises ConstraintFailed where a grammar cannot go on.
+        `likeliest`: the place of each row's largest number, of equal ones the first. Also returns how many
+        of its drafts are real. Raises ConstraintFailed where a grammar cannot go on.
         """
         request = self.request
         events: list[Event] = []
@@ -51,7 +52,8 @@ class Answer:
             events.append(Stored(request.identity, done, len(request.prompt), request.cached or 0, logprobs))
         if not share.samples:
             return events, 0
-        found, accepted = self.take(logits_NV[len(logits_NV) - len(share.drafts) - 1 :], share.drafts)
+        first = len(logits_NV) - len(share.drafts) - 1
+        found, accepted = self.take(logits_NV[first:], likeliest[first:], share.drafts)
         return events + found, accepted
 
     def _reports(self, share: Share) -> bool:
@@ -68,7 +70,9 @@ class Answer:
         self._reported = max(self._reported, places.stop)
         return tuple(logprob(logits_NV[place - start - 1], request.prompt[place], count) for place in places)
 
-    def take(self, logits_NV: torch.Tensor, drafts: Sequence[int]) -> tuple[list[Sampled | Ended], int]:
+    def take(
+        self, logits_NV: torch.Tensor, likeliest: list[int], drafts: Sequence[int]
+    ) -> tuple[list[Sampled | Ended], int]:
         """Choose tokens from the logits of a newest token and of the drafts after it.
 
         Each row is sampled as if there were no drafts, and the next row counts only if its draft is
@@ -79,16 +83,16 @@ class Answer:
         """
         events: list[Sampled | Ended] = []
         for place, logits_V in enumerate(logits_NV):
-            events += self._choose(logits_V)
+            events += self._choose(logits_V, likeliest[place])
             sampled = events[-1]
             if isinstance(sampled, Ended) or place == len(drafts) or sampled.token != drafts[place]:
                 return events, place
         raise AssertionError("the last row has no draft after it")
 
-    def _choose(self, logits_V: torch.Tensor) -> list[Sampled | Ended]:
+    def _choose(self, logits_V: torch.Tensor, likeliest: int) -> list[Sampled | Ended]:
         """Choose the next token and say what follows from it; the last event tells whether the answer goes on."""
         request, params = self.request, self.request.params
-        token = self.sampler.choose(logits_V)
+        token = self.sampler.choose(logits_V, likeliest)
         request.tokens.append(token)
         report = logprob(logits_V, token, params.logprobs) if params.logprobs else None
         ends = token in self.sampler.ends

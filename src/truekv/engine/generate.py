@@ -172,11 +172,11 @@ class Engine:
         events: list[Event] = []
         verified: list[Verified] = []
         start = 0
-        for share, logits_NV in zip(shares, ran.rows, strict=True):
+        for share, logits_NV, likeliest in zip(shares, ran.rows, ran.likeliest, strict=True):
             try:
                 if isinstance(logits_NV, Corrupted):
                     raise logits_NV
-                found, accepted = self._answers[share.request.identity].after(share, logits_NV)
+                found, accepted = self._answers[share.request.identity].after(share, logits_NV, likeliest)
             except (Corrupted, ConstraintFailed) as error:
                 events.append(self._fail(share.request, error))
             else:

@@ -75,13 +75,19 @@ class Sampler:
         """Return the longest beginning of the drafts that the grammar admits, without advancing it."""
         return drafts if self._constraint is None else drafts[: self._constraint.admits(drafts)]
 
-    def choose(self, logits_V: torch.Tensor) -> int:
+    def choose(self, logits_V: torch.Tensor, likeliest: int | None = None) -> int:
         """Return the next token of the answer and remember it; logits are finite float32 [vocab] on the CPU.
 
-        The logits stay as they are. Raises ConstraintFailed where the grammar cannot go on.
+        `likeliest`: the place of the largest, of equal ones the first, where it is known. The logits stay as
+        they are. Raises ConstraintFailed where the grammar cannot go on.
         """
         adjusted_V = self._adjust(logits_V)
-        token = largest(adjusted_V) if self._greedy else self._draw(adjusted_V)
+        if not self._greedy:
+            token = self._draw(adjusted_V)
+        elif likeliest is None or adjusted_V is not logits_V:
+            token = largest(adjusted_V)
+        else:
+            token = likeliest
         self._chosen += 1
         if self._penalties is not None:
             self._penalties.count(token)
