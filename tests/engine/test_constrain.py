@@ -205,7 +205,7 @@ def test_a_grammar_that_was_asked_for_before_is_not_compiled_again() -> None:
 
 
 def test_no_request_fails_for_what_others_made_of_a_shared_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constrain, "_STATES", 500)
+    monkeypatch.setattr(constrain, "_STATES", 1000)
     monkeypatch.setattr(constrain, "_MOST_COPIES", 20)
     wanted = StructuredOutputs(regex="(a|b)*a(a|b){12}")
     compiler = Grammars(tokenizer(), VOCAB, frozenset({END}))
