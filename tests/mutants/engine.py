@@ -69,11 +69,11 @@ def another_seed_after_preemption() -> list[Patch]:
         lost.add(id(request))
         again(self, request)
 
-    def draw_anew(self: Answer, logits_V: torch.Tensor) -> Any:
+    def draw_anew(self: Answer, logits_V: torch.Tensor, likeliest: int) -> Any:
         if id(self.request) in lost and self.sampler.seed is not None:
             lost.discard(id(self.request))
             self.sampler.seed += 1
-        return choose(self, logits_V)
+        return choose(self, logits_V, likeliest)
 
     return [Patch(Schedule, "again", remember), Patch(Answer, "_choose", draw_anew)]
 
@@ -96,13 +96,13 @@ def memory_of_ended_kept() -> list[Patch]:
 
 
 def likeliest_draft_accepted() -> list[Patch]:
-    def take(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int]) -> Any:
+    def take(self: Answer, logits_NV: torch.Tensor, likeliest: list[int], drafts: Sequence[int]) -> Any:
         events: list[Any] = []
         for place, logits_V in enumerate(logits_NV):
-            events += self._choose(logits_V)
+            events += self._choose(logits_V, likeliest[place])
             if place == len(drafts) or not hasattr(events[-1], "token"):
                 return events, place
-            if int(logits_V.argmax()) == drafts[place]:
+            if likeliest[place] == drafts[place]:
                 self.request.tokens[-1] = drafts[place]
             elif events[-1].token != drafts[place]:
                 return events, place
@@ -114,8 +114,8 @@ def likeliest_draft_accepted() -> list[Patch]:
 def rejected_drafts_punished() -> list[Patch]:
     take = Answer.take
 
-    def count_all(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int]) -> Any:
-        events, accepted = take(self, logits_NV, drafts)
+    def count_all(self: Answer, logits_NV: torch.Tensor, likeliest: list[int], drafts: Sequence[int]) -> Any:
+        events, accepted = take(self, logits_NV, likeliest, drafts)
         for token in drafts[accepted:]:
             if self.sampler._penalties is not None:
                 self.sampler._penalties.count(token)
@@ -127,11 +127,20 @@ def rejected_drafts_punished() -> list[Patch]:
 def bonus_of_the_row_before() -> list[Patch]:
     take = Answer.take
 
-    def shifted(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int]) -> Any:
-        rows = logits_NV.clone()
+    def shifted(self: Answer, logits_NV: torch.Tensor, likeliest: list[int], drafts: Sequence[int]) -> Any:
+        rows, best = logits_NV.clone(), [*likeliest]
         if drafts:
-            rows[-1] = rows[-2]
-        return take(self, rows, drafts)
+            rows[-1], best[-1] = rows[-2], best[-2]
+        return take(self, rows, best, drafts)
+
+    return [Patch(Answer, "take", shifted)]
+
+
+def largest_of_the_row_before() -> list[Patch]:
+    take = Answer.take
+
+    def shifted(self: Answer, logits_NV: torch.Tensor, likeliest: list[int], drafts: Sequence[int]) -> Any:
+        return take(self, logits_NV, [likeliest[0], *likeliest[:-1]], drafts)
 
     return [Patch(Answer, "take", shifted)]
 
@@ -239,6 +248,12 @@ MUTANTS: Final = (
         "the token after accepted drafts is drawn from the logits before the last draft",
         test_invariants.test_drafts_change_no_sampled_token,
         bonus_of_the_row_before,
+    ),
+    Mutant(
+        "largest of the row before",
+        "a greedy request takes the most likely token of the row before where a draft was accepted",
+        test_invariants.test_guesses_of_the_prediction_head_change_nothing,
+        largest_of_the_row_before,
     ),
     Mutant(
         "stop string missed across tokens",

@@ -46,6 +46,6 @@ def lay_out(rows: Seq[tuple[Sequence, int, list[int], int]], page_tokens: int, d
     # One tensor and one copy: each on its own would make the host wait for the device.
     values = [tokens, positions, owner, offset, gather, position, counts, certain, replay, slot, pages, page, line]
     numbers = torch.tensor(list(itertools.chain.from_iterable(values)), dtype=torch.int64, device=device)
-    parts = list(numbers.split([len(value) for value in values]))
+    parts = list(torch.split(numbers, [len(value) for value in values]))
     parts[4], parts[10] = parts[4].view(batch, longest), parts[10].view(batch, width)
     return Step(*parts)
