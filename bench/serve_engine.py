@@ -267,8 +267,8 @@ class Bench:
         context = size.heard + size.spoken
         with self._truekv(model, context, speculative_config=speculation) as engine:
             # How an engine's weights lie in memory is worth ten percent, so it is one that does both.
-            yield self._guessed("ngram", model, "repeats", engine, engine)
-            yield self._guessed("rejected", model, "drawn", engine, engine)
+            yield self._guessed("ngram", model, "repeats", engine, engine, size.rounds)
+            yield self._guessed("rejected", model, "drawn", engine, engine, size.rounds)
 
     def _mtp(self) -> Iterator[Row]:
         """Measure the prediction head of an embedded model, on what it was trained for."""
@@ -278,14 +278,15 @@ class Bench:
             self._truekv(size.embedded, 2048, speculative_config=speculation) as guessing,
             self._truekv(size.embedded, 2048) as plain,
         ):
-            yield self._guessed("mtp", size.embedded, "tasks", guessing, plain)
+            # A round takes half a second, in which another job of the machine is a large part.
+            yield self._guessed("mtp", size.embedded, "tasks", guessing, plain, 4 * size.rounds)
 
-    def _guessed(self, what: str, model: str, text: str, guessing: Worker, plain: Worker) -> Row:
+    def _guessed(self, what: str, model: str, text: str, guessing: Worker, plain: Worker, rounds: int) -> Row:
         size = self.size
         found, without = by_turns(
             [(guessing, True), (plain, False)],
             lambda turn: turn[0].answers(text, size.heard, size.spoken, guesses=turn[1]),
-            size.rounds,
+            rounds,
             lambda answer: answer["seconds"],
         )
         if found["tokens"] != without["tokens"]:

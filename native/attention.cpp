@@ -361,7 +361,7 @@ class Attention {
       lay_keys(spread(code, from.codes, shape.bytes, dim, bytes), dim / planes(code), laid);
       const int ahead = from.ahead ? up(4 * planes(code) * KEYS * shape.bytes, dim) : 0;
 #if defined(TILES)
-      if (tile.rows > FEW) return in_sixteens((int)tile.rows, [&](int r, int count) {
+      if (tile.rows > UNTILED) return in_sixteens((int)tile.rows, [&](int r, int count) {
         auto go = code == LM4 ? score_tiles<2> : score_tiles<1>;
         go(laid, dim, q + r * shape.lanes, count, scores + r * KEYS, from.ahead, r == 0 ? ahead : 0);
       });
@@ -398,7 +398,7 @@ class Attention {
       if (rows > 4) lay_values(stored, held, laid);
       for (int r = 0; r < rows; r++) write_weights(weights + r * KEYS, digits + r * WEIGHT_BYTES);
 #if defined(TILES)
-      if (rows > FEW) return in_sixteens(rows, [&](int r, int count) {
+      if (rows > UNTILED) return in_sixteens(rows, [&](int r, int count) {
         const int ahead = from.ahead && !a.latent && r == 0 ? up(KEYS * value.bytes, value.lanes / (planes(code) * LANES)) : 0;
         auto go = code == LM4 ? weigh_tiles<2> : weigh_tiles<1>;
         go(laid, value.lanes, digits + r * WEIGHT_BYTES, count, mean + r * value.lanes, from.ahead, ahead);

@@ -327,7 +327,7 @@ void weigh_rows(const Bytes& rows, int bytes, int lanes, const uint8_t* weights,
 #if defined(TILES)
 
 // With tiles: the same integers, sixteen query rows at a time, so the bits are those of the functions above.
-constexpr int FEW = 4;  // rows that are not worth a tile
+constexpr int UNTILED = 4;  // rows that are not worth a tile
 
 INLINE F32 from_tiles(const int32_t (*sums)[TILE_LINES][LANES], int distance, int row) {
   I32 digits[DIGITS];

@@ -127,6 +127,13 @@ struct Finite {
   mutable int32_t finite;  // the answer
 };
 
+struct Largest {
+  const void* x;    // [rows, dim]
+  int64_t* places;  // [rows]: where each row's largest number is, the first of equal ones; -1 where one is not finite
+  int64_t rows, dim, x_row;
+  int32_t bf16;
+};
+
 namespace ISA {
 namespace {
 
@@ -434,6 +441,55 @@ void finite(const Finite& a) {
   }
 }
 
+// What a part of a row has: its largest number and where; -1 where one is not finite.
+struct Peak {
+  float value = -INFINITY;
+  int64_t place = 0;
+
+  void take(float v, int64_t at) {
+    if (place < 0 || at < 0) place = -1;
+    else if (v > value || (v == value && at < place)) value = v, place = at;
+  }
+};
+
+template <class T>
+Peak peak(const T* x, int64_t start, int64_t end) {
+  constexpr int32_t exponent = 0x7F800000;
+  Peak found{-INFINITY, start};
+  F32 highest = all(-INFINITY);
+  I32 steps = {}, bad = {};
+  int64_t i = start;
+  for (int32_t n = 0; i + LANES <= end; i += LANES, n++) {
+    const F32 v = whole(x + i);
+    const I32 higher = more(v, highest);
+    bad |= same((I32)v & exponent, all(exponent));
+    highest = choose(higher, v, highest);
+    steps = (higher & n) | (~higher & steps);
+  }
+  for (int lane = 0; lane < LANES && i > start; lane++)
+    found.take(highest[lane], bad[lane] ? -1 : start + (int64_t)steps[lane] * LANES + lane);
+  for (; i < end; i++) found.take(one(x + i), std::isfinite(one(x + i)) ? i : -1);
+  return found;
+}
+
+// Blocks of a row are looked at side by side, as in `finite`.
+template <class T>
+void largest_of_rows(const Largest& a) {
+  constexpr int64_t block = 1 << 14;
+#pragma omp parallel for schedule(static) if (a.rows > 1 && a.rows * a.dim > ALONE)
+  for (int64_t row = 0; row < a.rows; row++) {
+    const T* x = (const T*)a.x + row * a.x_row;
+    Peak found{-INFINITY, 0};
+#pragma omp parallel for schedule(static) if (a.rows == 1 && a.dim > ALONE)
+    for (int64_t start = 0; start < a.dim; start += block) {
+      const Peak part = peak(x, start, start + block < a.dim ? start + block : a.dim);
+#pragma omp critical(largest)
+      found.take(part.value, part.place);
+    }
+    a.places[row] = found.place;
+  }
+}
+
 }  // namespace
 }  // namespace ISA
 
@@ -489,3 +545,8 @@ EXPORT(combine, Combine) {
 }
 
 EXPORT(finite, Finite) { ISA::finite(*arguments); }
+
+EXPORT(largest, Largest) {
+  if (arguments->bf16) ISA::largest_of_rows<uint16_t>(*arguments);
+  else ISA::largest_of_rows<float>(*arguments);
+}

@@ -51,6 +51,10 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, line in report.user_properties:
+            if name == "summary" and report.when == "call":
+                terminalreporter.write_line(str(line))
     if count := config.stash[_LEFT_OUT]:
         terminalreporter.write_line(f"{count} tests were left to make campaign")
 

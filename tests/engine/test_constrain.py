@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import time
 from functools import cache
@@ -17,6 +18,7 @@ import truekv
 from truekv import LLM, Refused, SamplingParams
 from truekv.core.errors import ConstraintFailed
 from truekv.core.options import Speculation, StructuredOutputs
+from truekv.engine import constrain
 from truekv.engine.constrain import Constraint, Grammars
 from truekv.engine.events import Ended, Failed, Sampled
 from truekv.engine.generate import Asked
@@ -178,6 +180,56 @@ def test_a_checkpoint_without_ends_answers_until_the_grammar_ends() -> None:
         assert all(set(tokenizer().piece(token)) == {"a"} for token in admitted(constraint))
         constraint.advance(ids("a")[0])
     assert constraint.finished
+
+
+def test_a_grammar_that_was_asked_for_before_is_not_compiled_again() -> None:
+    compiler = Grammars(tokenizer(), VOCAB, frozenset({END}))
+    first, second = (compiler.compile(StructuredOutputs(json=SCHEMA)) for _ in range(2))
+    assert compiler.compiled == 1
+    start = admitted(second)
+    first.advance(ids("{")[0])
+    assert admitted(first) != start
+    assert admitted(second) == start, "each request has a place of its own"
+    second.advance(ids("{")[0])
+    assert admitted(second) == admitted(first)
+    assert admitted(compiler.compile(StructuredOutputs(json=SCHEMA))) == start
+    assert compiler.compiled == 1
+    # The same text as another kind of grammar is another grammar.
+    compiler.compile(StructuredOutputs(regex="a|b"))
+    compiler.compile(StructuredOutputs(choice=("a|b",)))
+    assert compiler.compiled == 3
+    for count in range(constrain._KEPT):
+        compiler.compile(StructuredOutputs(regex=f"a{{{count + 1}}}"))
+    compiler.compile(StructuredOutputs(json=SCHEMA))
+    assert compiler.compiled == 4 + constrain._KEPT, "of many, those that were asked for last are kept"
+
+
+def test_no_request_fails_for_what_others_made_of_a_shared_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constrain, "_STATES", 1000)
+    monkeypatch.setattr(constrain, "_MOST_COPIES", 20)
+    wanted = StructuredOutputs(regex="(a|b)*a(a|b){12}")
+    compiler = Grammars(tokenizer(), VOCAB, frozenset({END}))
+    a, b = ids("a")[0], ids("b")[0]
+    anew = 0
+    for request in range(60):
+        constraint, before = compiler.compile(wanted), compiler.compiled
+        drawn = random.Random(request)
+        for _ in range(60):
+            assert {a, b} <= admitted(constraint)
+            constraint.advance(drawn.choice((a, b)))
+        anew += compiler.compiled - before
+    assert anew > 0, "the bound of the shared automaton is met in the middle of an answer"
+    assert compiler.compiled < 30, "which most requests do not notice"
+    monkeypatch.setattr(constrain, "_STATES", 20)
+    constraint = Grammars(tokenizer(), VOCAB, frozenset({END})).compile(wanted)
+
+    def answer() -> None:
+        for _ in range(60):
+            admitted(constraint)
+            constraint.advance(a)
+
+    with pytest.raises(ConstraintFailed, match="too many states"):
+        answer()
 
 
 def test_min_tokens_yields_to_a_grammar_that_admits_only_an_end() -> None:

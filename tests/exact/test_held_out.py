@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -28,6 +29,9 @@ ON: Final[dict[str, Any]] = {
     "capture": "on",
 }
 PARAMS: Final = SamplingParams(max_tokens=64, logprobs=1)
+MOST_DIFFERENT: Final = {"mla": 1}
+"""Answers of 500 that int8 may change. The latent model has one fact of which it is not sure itself."""
+Record = Callable[[str, object], None]
 CALL: Final = re.compile(
     r"<tool_call>\n<function=get_weather>\n<parameter=city>\n.+\n</parameter>\n"
     r"<parameter=unit>\n(celsius|fahrenheit)\n</parameter>\n</function>\n</tool_call>"
@@ -52,8 +56,10 @@ def numbers(result: Result) -> tuple[list[int], list[float]]:
     return result.tokens, [place.chosen.logprob for place in result.logprobs]
 
 
-def same_with_everything_on(name: str, count: int, needle: int | None, *, every: int = 1) -> None:
-    """`every`: which of the prompts are compared bit by bit with a run of one alone."""
+def same_with_everything_on(
+    name: str, count: int, needle: int | None, record: Record, *, every: int = 1, different: int = 0
+) -> None:
+    """`every`: which of the prompts are compared bit by bit with a run of one alone; `different`: see judge."""
     on = LLM(
         f"tiny-{name}",
         **ON,
@@ -72,16 +78,33 @@ def same_with_everything_on(name: str, count: int, needle: int | None, *, every:
     for results in (first[::every], again):
         assert [numbers(result) for result in results] == [numbers(result) for result in off]
     plain = LLM(f"tiny-{name}", **OFF | {"max_num_seqs": min(8, every)}).generate(prompts, PARAMS)
-    judge(drawn, [result.text or "" for result in first], [result.text or "" for result in plain])
+    answers = [[result.text or "" for result in results] for results in (first, plain)]
+    record("summary", f"tiny-{name}, everything on against everything off: {summary(drawn, *answers)}")
+    judge(drawn, *answers, different)
 
 
-def judge(drawn: list[Example], ours: list[str], plain: list[str]) -> None:
-    """Int8 answers like the unquantized model, calls of tools parse, and needles are found."""
+def calls(drawn: list[Example], answers: list[str]) -> list[bool]:
+    """Whether each call of a tool parses."""
+    asked = [text for example, text in zip(drawn, answers, strict=True) if example.task == "tool_call"]
+    return [CALL.fullmatch(text.strip()) is not None for text in asked]
+
+
+def summary(drawn: list[Example], ours: list[str], plain: list[str]) -> str:
+    """Say in numbers what `judge` asks for."""
+    differ = sum(one != other for one, other in zip(ours, plain, strict=True))
+    parse = calls(drawn, ours)
+    found = [tasks.correct(item, text) for item, text in zip(drawn, ours, strict=True) if item.task == "secret"]
+    return (
+        f"{differ} of {len(drawn)} answers differ, {sum(parse)} of {len(parse)} tool calls parse, "
+        f"{sum(found)} of {len(found)} needles are found"
+    )
+
+
+def judge(drawn: list[Example], ours: list[str], plain: list[str], different: int) -> None:
+    """Int8 answers like the unquantized model but for so many, calls of tools parse, and needles are found."""
     differ = [pair for pair in zip(ours, plain, strict=True) if pair[0] != pair[1]]
-    assert len(differ) <= len(drawn) // 100, differ
-    for example, text in zip(drawn, ours, strict=True):
-        if example.task == "tool_call":
-            assert CALL.fullmatch(text.strip()), text
+    assert len(differ) <= different, differ
+    assert all(calls(drawn, ours)), ours
     for task in tasks.TASKS:
         right = [tasks.correct(item, text) for item, text in zip(drawn, ours, strict=True) if item.task == task]
         before = [tasks.correct(item, text) for item, text in zip(drawn, plain, strict=True) if item.task == task]
@@ -91,11 +114,11 @@ def judge(drawn: list[Example], ours: list[str], plain: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_everything_on_answers_like_everything_off(name: str) -> None:
-    same_with_everything_on(name, 8, 60, every=8)
+def test_everything_on_answers_like_everything_off(name: str, record_property: Record) -> None:
+    same_with_everything_on(name, 8, 60, record_property, every=8)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", METHODS)
-def test_everything_on_answers_500_prompts_like_everything_off(name: str) -> None:
-    same_with_everything_on(name, 100, None)
+def test_everything_on_answers_500_prompts_like_everything_off(name: str, record_property: Record) -> None:
+    same_with_everything_on(name, 100, None, record_property, different=MOST_DIFFERENT.get(name, 0))

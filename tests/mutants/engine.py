@@ -136,6 +136,15 @@ def bonus_of_the_row_before() -> list[Patch]:
     return [Patch(Answer, "take", shifted)]
 
 
+def largest_of_the_row_before() -> list[Patch]:
+    take = Answer.take
+
+    def shifted(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()) -> Any:
+        return take(self, logits_NV, drafts, [*drawn[:1], *drawn[:-1]])
+
+    return [Patch(Answer, "take", shifted)]
+
+
 def logprobs_after_temperature() -> list[Patch]:
     logprobs = answer_module.logprobs
     return [Patch(answer_module, "logprobs", lambda kernels, rows, *asked: logprobs(kernels, rows / 2, *asked))]
@@ -233,6 +242,12 @@ MUTANTS: Final = (
         "rejected drafts count as said when repetition is penalised",
         test_invariants.test_drafts_change_no_sampled_token,
         rejected_drafts_punished,
+    ),
+    Mutant(
+        "largest of the row before",
+        "a greedy request takes the most likely token of the row before where a draft was accepted",
+        test_invariants.test_guesses_of_the_prediction_head_change_nothing,
+        largest_of_the_row_before,
     ),
     Mutant(
         "bonus of the row before",

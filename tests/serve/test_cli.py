@@ -128,6 +128,32 @@ def test_logprobs_go_to_stderr_as_a_table(truekv: Call, dense: Path) -> None:
     assert "most likely" not in done.out
 
 
+def test_prompt_logprobs_are_a_table_or_numbers(truekv: Call) -> None:
+    asked = ["generate", "tiny-dense", "What is 7 * 8?", *QUIET]
+    tokens = LLM("tiny-dense", max_model_len=128).tokens("What is 7 * 8?")
+    expected = LLM("tiny-dense", max_model_len=128).generate(tokens, SamplingParams(max_tokens=4, prompt_logprobs=2))[0]
+    assert expected.prompt_logprobs is not None
+    value = json.loads(truekv(*asked, "--json", "--prompt-logprobs", "2").out)
+    assert [place["chosen"]["token"] for place in value["prompt_logprobs"]] == tokens[1:]
+    for place, wanted in zip(value["prompt_logprobs"], expected.prompt_logprobs, strict=True):
+        assert place["chosen"]["logprob"] == wanted.chosen.logprob
+        assert [item["token"] for item in place["top"]] == [item.token for item in wanted.top]
+    assert len(value["prompt_logprobs"][0]["top"]) == 2
+    assert value["logprobs"] is None
+    plain = json.loads(truekv(*asked, "--json").out)
+    assert plain["prompt_logprobs"] is None
+    assert plain["tokens"] == value["tokens"]
+    table = truekv(*asked, "--prompt-logprobs", "0", "--logprobs", "1")
+    assert table.out == truekv(*asked).out
+    prompt, answer = table.err.index("token of the prompt"), table.err.rindex("most likely")
+    assert prompt < answer
+    shown = f"{expected.prompt_logprobs[0].chosen.logprob:.3f}"
+    assert shown in table.err[prompt:answer]
+    refused = truekv(*asked, "--prompt-logprobs", "21")
+    assert refused.code == 2
+    assert "prompt_logprobs" in refused.err
+
+
 def test_the_two_spellings_of_a_cache_format() -> None:
     def join(
         both: str | None = None, k: str | None = None, v: str | None = None, *, khad: bool = False, vhad: bool = False

@@ -161,3 +161,7 @@ class Ops(Protocol):
     def finite(self, *parts: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
         """Whether every number of one to four tensors [T, ...], or of their rows of int64 indices [N], is finite."""
         ...
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """Where the largest number of each row of [N, D] is, of equal ones the first; -1 where one is not finite."""
+        ...

@@ -86,17 +86,12 @@ class StepSizes:
     def holding(self, step: Step) -> StepSize | None:
         """Return the smallest size that holds a step."""
         asked = StepSize.of(step)
-        places = [
-            (sizes, bisect_left(sizes, number))
-            for sizes, number in (
-                (self._tokens, asked.tokens),
-                (self._longest, asked.longest),
-                (self._pages, asked.pages),
-            )
-        ]
-        if any(place == len(sizes) for sizes, place in places):
+        tokens = bisect_left(self._tokens, asked.tokens)
+        longest = bisect_left(self._longest, asked.longest)
+        pages = bisect_left(self._pages, asked.pages)
+        if tokens == len(self._tokens) or longest == len(self._longest) or pages == len(self._pages):
             return None
-        size = self._size(*(sizes[place] for sizes, place in places))
+        size = self._size(self._tokens[tokens], self._longest[longest], self._pages[pages])
         return size if size.holds(asked) else None
 
     def within(self, pages: int) -> list[StepSize]:

@@ -199,9 +199,15 @@ class Engine:
             [] if isinstance(rows, Corrupted) else self._answers[share.request.identity].draws(share, rows)
             for share, rows in zip(shares, ran.rows, strict=True)
         ]
-        together = [draw for some in draws for draw in some]
+        together = [draw for some in draws for draw in some if not draw.greedy]
         tokens = iter(self.runner.arena.kernels.draw(together) if together else ())
-        return [list(itertools.islice(tokens, len(some))) for some in draws]
+        # The largest logits are known from the look at whether all of them are finite.
+        return [
+            [place if draw.greedy else next(tokens) for draw, place in zip(some, places[-len(some) :], strict=True)]
+            if some
+            else []
+            for some, places in zip(draws, ran.likeliest, strict=True)
+        ]
 
     def _advance(self, item: Verified) -> None:
         request = item.share.request

@@ -8,8 +8,9 @@ go to line -1: no row reads them and they are stored nowhere.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final
+import operator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from truekv.core.batch import Step
 from truekv.core.lazy import torch
@@ -17,12 +18,12 @@ from truekv.core.lazy import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+_FIELDS: Final = operator.attrgetter(*(field.name for field in fields(Step)))
 _KNOWN: Final = 256
 """Smaller steps of which it is known where their numbers go."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepSize:
+class StepSize(NamedTuple):
     """The shape of a step."""
 
     tokens: int
@@ -85,7 +86,7 @@ class PaddedStep:
 
     def __init__(self, step: Step, tensors: Seq[torch.Tensor] = ()) -> None:
         """Copy the first step, and tensors [T, ...] that go with it."""
-        values = [getattr(step, field.name) for field in fields(step)]
+        values = _FIELDS(step)
         self._first = torch.cat([value.flatten() for value in values])
         self._numbers = self._first.clone()
         parts = torch.split(self._numbers, [math.prod(value.shape) for value in values])
@@ -100,11 +101,13 @@ class PaddedStep:
         """Lay in a step that is no larger; nothing of the one before stays."""
         self._numbers.copy_(self._first)
         # Launches cost more than what they copy, so all fields are laid in by one.
-        numbers = torch.cat([getattr(step, field.name).reshape(-1) for field in fields(step)])
+        numbers = torch.cat([value.reshape(-1) if value.ndim > 1 else value for value in _FIELDS(step)])
         self._numbers.index_copy_(0, self._places_of(step), numbers)
         for tensor, buffer in zip(tensors, self.tensors, strict=True):
-            buffer[: len(tensor)] = tensor
-            buffer[len(tensor) :] = 0
+            count = len(tensor)
+            buffer[:count] = tensor
+            if count < len(buffer):
+                buffer[count:] = 0
 
     def _places_of(self, step: Step) -> torch.Tensor:
         """Where the numbers of a step of this size lie among the buffers', in the order of its fields."""
@@ -116,8 +119,7 @@ class PaddedStep:
             places = torch.arange(len(self._numbers), device=self._numbers.device)
             parts: list[torch.Tensor] = []
             start = 0
-            for field in fields(step):
-                value, buffer = getattr(step, field.name), getattr(self.step, field.name)
+            for value, buffer in zip(_FIELDS(step), _FIELDS(self.step), strict=True):
                 part = places[start : start + buffer.numel()].view(buffer.shape)
                 for dim, length in enumerate(value.shape):
                     part = part.narrow(dim, 0, length)

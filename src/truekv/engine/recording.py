@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _EMPTY: Final = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _COPIES: Final = frozenset({"clone", "_to_copy"})
+_CONSTANTS: Final = frozenset(
+    {"arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"}
+)
 _HOST_READS: Final = frozenset({"data_dependent_output", "dynamic_output_shape"})
 
 
@@ -218,6 +221,9 @@ def _again(
     """Return the operation as one that writes into the buffers that its first run made."""
     if name in _COPIES:
         return functools.partial(buffers[0].copy_, args[0])
+    if name in _CONSTANTS:
+        # Somebody may have written to it since.
+        return functools.partial(buffers[0].copy_, buffers[0].clone())
 
     if (into := _writing(func)) and len(buffers) == 1:
         return functools.partial(into, *args, **options, out=buffers[0])

@@ -25,6 +25,8 @@ class Ran:
     """[T, hidden_size] residuals of all tokens, chunk after chunk."""
     rows: list[torch.Tensor | Corrupted]
     """For each chunk the logits of its last wanted tokens, float32 [wanted, vocab] on the host, or why not."""
+    likeliest: list[list[int]]
+    """For each of them the place of its largest number, of equal ones the first."""
 
 
 class Runner:
@@ -45,15 +47,23 @@ class Runner:
         step = self.arena.reserve(list(chunks))
         with torch.inference_mode():
             hidden_TH = self.forward(step)
-            rows = _rows(chunks, wanted)
-            logits_NV = self.model.logits(hidden_TH[rows]).float().cpu() if rows else torch.empty(0, 0)
-            healthy = _healthy(chunks, wanted, hidden_TH, logits_NV)
+            rows, largest = _rows(chunks, wanted), self.arena.kernels.ops.largest
+            read_NH = hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows]
+            logits_NV = self.model.logits(read_NH).float() if rows else torch.empty(0, 1)
+            # One pass over the numbers finds the largest and those that are none.
+            peaks_T = cast("list[int]", largest(hidden_TH).tolist())
+            peaks_N = cast("list[int]", largest(logits_NV).tolist())
+            logits_NV = logits_NV.cpu()
         results: list[torch.Tensor | Corrupted] = []
-        start = 0
-        for chunk, count, good in zip(chunks, wanted, healthy, strict=True):
-            results.append(logits_NV[start : start + count] if good else Corrupted(_sentence(chunk)))
-            start += count
-        return Ran(hidden_TH, results)
+        likeliest: list[list[int]] = []
+        token = row = 0
+        for chunk, count in zip(chunks, wanted, strict=True):
+            likeliest.append(peaks_N[row : row + count])
+            sound = min(peaks_T[token : token + len(chunk.tokens)] + likeliest[-1], default=0) >= 0
+            results.append(logits_NV[row : row + count] if sound else Corrupted(_sentence(chunk)))
+            token += len(chunk.tokens)
+            row += count
+        return Ran(hidden_TH, results, likeliest)
 
     def step(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[torch.Tensor | Corrupted]:
         """Run one step and make every healthy chunk without drafts real; return the logits of `run`.
@@ -92,21 +102,6 @@ def _rows(chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[int]:
         end += len(chunk.tokens)
         rows.extend(range(end - count, end))
     return rows
-
-
-def _healthy(
-    chunks: Sequence[Chunk], wanted: Sequence[int], hidden_TH: torch.Tensor, logits_NV: torch.Tensor
-) -> list[bool]:
-    """Whether every residual and every logit of each chunk is finite."""
-    sound_T = cast("list[bool]", torch.isfinite(hidden_TH).all(dim=-1).tolist())
-    sound_N = cast("list[bool]", torch.isfinite(logits_NV).all(dim=-1).tolist())
-    healthy: list[bool] = []
-    token = row = 0
-    for chunk, count in zip(chunks, wanted, strict=True):
-        healthy.append(all(sound_T[token : token + len(chunk.tokens)]) and all(sound_N[row : row + count]))
-        token += len(chunk.tokens)
-        row += count
-    return healthy
 
 
 def _sentence(chunk: Chunk) -> str:

@@ -25,6 +25,7 @@ from truekv.serve.flags import (
     Messages,
     Model,
     OnDevice,
+    PromptLogprobs,
     SamplingFlags,
     cache_dtype,
     grouped,
@@ -73,6 +74,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Make the PROMPT a user message of the chat template.")] = False,
     sampling: SamplingFlags,
     logprobs: Logprobs = 0,
+    prompt_logprobs: PromptLogprobs = None,
     engine: EngineFlags,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +92,7 @@ def generate(
     """
     from truekv.serve.generate import run
 
-    params = sampling.params(logprobs)
+    params = sampling.params(logprobs, prompt_logprobs)
     run(model, prompt, messages, engine.options(), params, chat=chat, as_json=as_json)
 
 

@@ -28,6 +28,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Logprobs = Annotated[
     int, typer.Option(metavar="K", help="Report the K most likely tokens.", rich_help_panel="Sampling")
 ]
+PromptLogprobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K", help="Report how likely the prompt is, and K tokens for each of it.", rich_help_panel="Sampling"
+    ),
+]
 Messages = Annotated[
     str | None, typer.Option(metavar="FILE", help='A conversation as JSON: [{"role": "user", "content": "..."}].')
 ]
@@ -142,7 +148,7 @@ class SamplingFlags:
         typer.Option(metavar="FILE", help="Answer in this Lark grammar.", rich_help_panel="Structured outputs"),
     ] = None
 
-    def params(self, logprobs: int = 0) -> SamplingParams:
+    def params(self, logprobs: int = 0, prompt_logprobs: int | None = None) -> SamplingParams:
         """Return what the engine takes; Refused for what no engine could do."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         schema, regex, choice, grammar = (given.pop(name) for name in ("json_schema", "regex", "choice", "grammar"))
@@ -153,7 +159,7 @@ class SamplingFlags:
         wanted = StructuredOutputs(json=schema, regex=regex, choice=choice, grammar=grammar) if asked else None
         given["logit_bias"] = dict(_bias(item) for item in self.logit_bias or ())
         given.update(stop=tuple(self.stop or ()), stop_token_ids=tuple(self.stop_token_ids or ()))
-        return SamplingParams(**given, logprobs=logprobs, structured_outputs=wanted)
+        return SamplingParams(**given, logprobs=logprobs, prompt_logprobs=prompt_logprobs, structured_outputs=wanted)
 
 
 def grouped(command: Callable[..., Any]) -> Callable[..., Any]:

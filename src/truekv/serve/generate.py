@@ -11,7 +11,7 @@ from truekv.core.errors import Refused
 
 if TYPE_CHECKING:
     from truekv.core.options import EngineOptions, SamplingParams
-    from truekv.serve.llm import LLM, Result
+    from truekv.serve.llm import LLM, Position, Result, TokenLogprob
 
 
 def run(
@@ -42,8 +42,9 @@ def run(
         sys.stdout.write("\n")
         if result.text == "" and llm.converses and not conversation:
             sys.stderr.write("the model ended its answer at once: it was made for conversations, so try --chat\n")
-        if result.logprobs is not None:
-            print_logprobs(result)
+        for what, positions in (("token of the prompt", result.prompt_logprobs), ("token", result.logprobs)):
+            if positions is not None:
+                print_logprobs(what, positions)
 
 
 def answer(llm: LLM, tokens: list[int], params: SamplingParams, out: Printer | None) -> Result:
@@ -119,14 +120,18 @@ def read_messages(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     return check_messages(found.get("messages"), f"{name}: messages"), check_tools(found.get("tools"))
 
 
-def print_logprobs(result: Result) -> None:
+def print_logprobs(what: str, positions: list[Position]) -> None:
     """Print one line for each token, on stderr: the answer itself stays alone on stdout."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("token", "logprob", "most likely")
-    for position in result.logprobs or []:
-        best = "  ".join(f"{item.text!r} {item.logprob:.3f}" for item in position.top)
-        table.add_row(Text(repr(position.chosen.text)), f"{position.chosen.logprob:.3f}", Text(best))
+    table = Table(what, "logprob", "most likely")
+    for position in positions:
+        best = "  ".join(f"{_shown(item)} {item.logprob:.3f}" for item in position.top)
+        table.add_row(Text(_shown(position.chosen)), f"{position.chosen.logprob:.3f}", Text(best))
     Console(stderr=True).print(table)
+
+
+def _shown(item: TokenLogprob) -> str:
+    return str(item.token) if item.text is None else repr(item.text)

@@ -343,6 +343,27 @@ def test_finite_looks_at_all_parts_and_at_the_same_rows_of_each() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (4, 17), (2, 1024), (1, 33000), (3, 50001)])
+@each_isa
+def test_largest_finds_the_first_of_the_largest_numbers(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = poisoned(random(*shape, dtype=dtype) - 10)
+    expected = x.argmax(-1)
+    assert torch.equal(NATIVE.largest(x), expected)
+    assert torch.equal(REFERENCE.largest(x), expected)
+    for place in {0, shape[1] // 3, shape[1] // 2, shape[1] - 1}:
+        tied = x.clone()
+        tied[:, place:] = torch.maximum(tied[:, place:], torch.zeros(()))
+        assert torch.equal(NATIVE.largest(tied), torch.full(shape[:1], place))
+        assert torch.equal(REFERENCE.largest(tied), torch.full(shape[:1], place))
+        for value in (torch.nan, torch.inf, -torch.inf):
+            spoilt = x.clone()
+            spoilt[-1, place] = value
+            wanted = [*expected[:-1].tolist(), -1]
+            assert NATIVE.largest(spoilt).tolist() == wanted
+            assert REFERENCE.largest(spoilt).tolist() == wanted
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
 @each_isa
 def test_a_norm_adds_the_change_to_the_bit(dim: int, dtype: torch.dtype) -> None:

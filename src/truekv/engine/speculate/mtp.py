@@ -5,14 +5,13 @@ real. One pass of the head over those writes its rows for them and makes the fir
 sequence; the others come one by one, each from the state that made the one before it. Rows of drafts
 lie beyond what is real, so the next step's pass overwrites them.
 
-Shapes: T tokens that became real, B sequences, D drafts, C hidden size, V vocabulary.
+Shapes: T tokens that became real, B sequences, D drafts, P passes over one of them, C hidden size.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -117,38 +116,50 @@ class Predictor:
         `wanted_T` is how many the row of each token wants; where a logit is not finite its draft is -1. All of it
         happens on the device, which the host need not wait for.
         """
-        layers = self.arena.draft_layers
+        layers, largest = self.arena.draft_layers, self.arena.kernels.ops.largest
         state_TC = self.head.forward(self.head.begin(hidden_TC), step, layers)
-        batch = len(step.count)
-        drafts_TD = step.tokens.new_full((len(step.tokens), count), -1)
-        last_B1 = step.gather.gather(1, (step.count - 1).clamp(min=0)[:, None])
-        wanted_B = wanted_T[step.gather[:, 0]].masked_fill(step.count == 0, 0)
-        state_BC = state_TC[last_B1[:, 0]]
-        row_B = torch.arange(batch, device=step.count.device)
-        one_token = replace(step, owner=row_B, offset=torch.zeros_like(row_B), gather=row_B[:, None])
-        for place in range(count):
-            # The largest is not a number where any logit is not.
-            logits_BV = self.head.logits(state_BC)
-            best_B = logits_BV.argmax(-1)
-            top_B = logits_BV.gather(1, best_B[:, None])[:, 0]
-            drafts_TD[:batch, place] = best_B.masked_fill(top_B.abs().lt(math.inf).logical_not(), -1)
-            if place + 1 < count:
-                one_token = self._after(one_token, step.position + step.count + place, best_B, wanted_B > place + 1)
-                state_BC = self.head.forward(state_BC, one_token, layers)
-        return drafts_TD
+        drafts_DT = step.tokens.new_empty(count, len(step.tokens)).fill_(-1)
+        if count:
+            last_B = step.gather.gather(1, (step.count - 1).clamp(min=0)[:, None])[:, 0]
+            state_BC = state_TC.index_select(0, last_B)
+            passes = self._passes(step, wanted_T, count - 1)
+            for place in range(count):
+                best_B = largest(self.head.logits(state_BC))
+                drafts_DT[place, : len(best_B)] = best_B
+                if place < len(passes):
+                    # The output is no longer looked at where there is no draft, so any token will do.
+                    one_token = replace(passes[place], tokens=best_B.clamp(min=0))
+                    state_BC = self.head.forward(state_BC, one_token, layers)
+        return drafts_DT.t()
 
-    def _after(self, step: Step, position_B: torch.Tensor, token_B: torch.Tensor, going_B: torch.Tensor) -> Step:
-        """Lay out a pass over one draft of each row that goes on; those of the others are stored nowhere."""
+    def _passes(self, step: Step, wanted_T: torch.Tensor, count: int) -> list[Step]:
+        """Lay out passes over the first `count` drafts of each row, one after the other, but for their tokens.
+
+        Drafts of rows that want fewer are stored nowhere.
+        """
+        if not count:
+            return []
         size = self.arena.plan.page_tokens
-        page_B1 = (position_B // size).clamp(max=step.pages.shape[1] - 1)[:, None]
-        one_B = going_B.to(torch.int64)
-        return replace(
-            step,
-            tokens=token_B,
-            positions=position_B,
-            position=position_B,
-            count=one_B,
-            certain=one_B,
-            page=step.pages.gather(1, page_B1)[:, 0],
-            line=(position_B % size).masked_fill(going_B.logical_not(), -1),
-        )
+        batch, width = step.pages.shape
+        row_B = torch.arange(batch, device=wanted_T.device)
+        place_P1 = torch.arange(count, device=wanted_T.device)[:, None]
+        wanted_B = wanted_T.index_select(0, step.gather[:, 0]).masked_fill(step.count == 0, 0)
+        stored_PB = place_P1 < wanted_B - 1
+        position_PB = step.position + step.count + place_P1
+        # Rows of these are what kernels are given, so each lies as densely as a step's own.
+        page_PB = step.pages.t().gather(0, (position_PB // size).clamp(max=width - 1))
+        line_PB = (position_PB % size).masked_fill(stored_PB.logical_not(), -1)
+        count_PB = stored_PB.to(torch.int64)
+        one_token = replace(step, owner=row_B, offset=torch.zeros_like(row_B), gather=row_B[:, None])
+        return [
+            replace(
+                one_token,
+                positions=position_B,
+                position=position_B,
+                count=one_B,
+                certain=one_B,
+                page=page_B,
+                line=line_B,
+            )
+            for position_B, one_B, page_B, line_B in zip(position_PB, count_PB, page_PB, line_PB, strict=True)
+        ]

@@ -119,3 +119,9 @@ class Finite(ctypes.Structure):
     """Of `finite` in native/pointwise.cpp."""
 
     _fields_ = (("parts", Parts), *_members("rows", "number count", ints="finite"))
+
+
+class Largest(ctypes.Structure):
+    """Of `largest` in native/pointwise.cpp."""
+
+    _fields_ = _members("x places", "rows dim x_row", ints="bf16")

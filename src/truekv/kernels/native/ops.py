@@ -210,5 +210,12 @@ class NativeOps:
         run("finite", arguments)
         return bool(arguments.finite)
 
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """Where each row's largest number is, of equal ones the first; -1 where one is not finite."""
+        x = dense(x)
+        places = torch.empty(len(x), dtype=torch.int64)
+        run("largest", native.Largest(x.data_ptr(), places.data_ptr(), *x.shape, x.stride(0), is_bf16(x)))
+        return places
+
 
 OPS: Final[Ops] = NativeOps()

@@ -200,6 +200,10 @@ class ReferenceOps:
         """Whether every number is finite."""
         return all(bool(torch.isfinite(part if rows is None else part[rows]).all()) for part in parts)
 
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """Where each row's largest number is, -1 where one is not finite."""
+        return x.argmax(-1).masked_fill(torch.isfinite(x).all(-1).logical_not(), -1)
+
 
 def limited(choice_TE: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Bar every expert outside the best groups."""

@@ -29,6 +29,7 @@ class TritonOps:
         self.angles = reference.angles
         self.route = reference.route
         self.finite = reference.finite
+        self.largest = reference.largest
 
     def matrix(self, parts: Seq[Part]) -> Matrix:
         """Join the parts, so that there is one product."""
