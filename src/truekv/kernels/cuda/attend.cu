@@ -1,0 +1,351 @@
+// Attention of up to eight query rows over one span of one kv head's rows of 4-bit codes (kv4 of formats/lm.py).
+//
+// Four warps take the pages of a span in turn. A page's codes go from memory to registers once, in the order in which
+// mma.m16n8k16 wants its first operand: keys as 16 tokens x 16 columns, values as 16 columns x 16 tokens. Query rows
+// are the eight columns of both products, so a code is decoded once for all of them, and no number passes through
+// shared memory before the warps merge. Compiled with -DDIM=64, 128 or 256 for compute capability 9.0.
+//
+// Lane = 4 r + c. Token 4 r + 2 t + u of a page is row r + 8 u of scores of tile t, whose columns are query rows 2 c
+// and 2 c + 1. Numbers count as columns in storage order: 2 j and 2 j + 1 are the low and the high nibble of byte j.
+// Nothing but PTX is included, so NVRTC needs no headers.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+typedef unsigned long long u64;
+
+constexpr int WARPS = 4;
+constexpr int ROW_BYTES = DIM / 2, HEAD_BYTES = PAGE * (ROW_BYTES + 2);
+constexpr int KEY_WORDS = DIM / 32, VALUE_WORDS = DIM / 64, QUERY_WORDS = DIM / 8, TILES = DIM / 16;
+constexpr float LOWEST = -3.0e38f;  // as in kernels/triton/attention.py
+constexpr float SMALLEST = 5.9604645e-8f;  // 2^-24, of the scales that are not 0
+constexpr u32 ALL = 0xffffffffu;
+constexpr u32 CONSTANTS = 0xe6006600u;  // 1536 and -1536
+
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ u32 permuted(u32 a, u32 b, u32 selectors) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selectors));
+  return d;
+}
+__device__ __forceinline__ u32 fused(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ float power(float x) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+__device__ __forceinline__ float logarithm(float x) {
+  float d;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+__device__ __forceinline__ float wide(u32 half) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"((u16)half));
+  return d;
+}
+__device__ __forceinline__ u32 narrow(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ u32 transposed(u32 a) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+template <int WORDS>
+__device__ __forceinline__ void load(u32* d, const unsigned char* at) {
+  if constexpr (WORDS == 1) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(d[0]) : "l"(at));
+  } else if constexpr (WORDS == 2) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(at));
+  } else {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4)
+      asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(d[i]), "=r"(d[i + 1]), "=r"(d[i + 2]), "=r"(d[i + 3])
+                   : "l"(at + 4 * i));
+  }
+}
+
+// Eight codes of one key to 1152 + level, in the order of their columns: codes are selectors of bytes, see
+// kernels/triton/codebook.py. What the constant adds to a score is the same for every key, and is taken off before.
+__device__ __forceinline__ void decode_key(u32 codes, u32* out) {
+  u32 select = codes & 0x77777777u, half = ((codes >> 1) & 0x44444444u) | 0x32103210u;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 low = permuted(0x50423118u, 0x7b71675cu, select), high = permuted(0xa4998f85u, 0xe8cfbeb0u, select);
+    u32 level = permuted(low, high, half);
+    out[2 * i] = permuted(level, 0x64646464u, 0x4140u);
+    out[2 * i + 1] = permuted(level, 0x64646464u, 0x4342u);
+    select >>= 16;
+    half >>= 16;
+  }
+}
+
+// One code of each of two values, in bits 4-7 of both halves, to their levels, exactly: with x = 0.2583 (code - 7.5),
+// x ((x^2 + 0.0261)^2 + 39.19) is less than 0.44 from a level, and what is added to it leaves an integer.
+__device__ __forceinline__ u32 decode_value(u32 codes) {
+  u32 shifted;  // 1024 + 16 code
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(shifted) : "r"(codes), "n"(0x00f000f0), "n"(0x64006400));
+  u32 x = fused(shifted, 0x24222422u, 0xcc9ecc9eu);
+  u32 square = fused(x, x, 0x26af26afu);
+  u32 slope = fused(square, square, 0x50e650e6u);
+  return fused(slope, x, CONSTANTS);
+}
+
+struct Rows {
+  u32 keys[2][2][KEY_WORDS], values[2][4][VALUE_WORDS], key_scales[2], value_scales[2];
+};
+
+// Where a lane reads in page 0.
+struct Places {
+  const unsigned char *codes, *scales;
+};
+
+// Token 4 r + 2 t + u of a page: row u of tile t.
+__device__ __forceinline__ void load_keys(Rows& rows, Places at, u32 page, u32 page_bytes) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    load<KEY_WORDS>(rows.keys[i / 2][i % 2], at.codes + (u64)page * page_bytes + i * ROW_BYTES);
+  load<2>(rows.key_scales, at.scales + (u64)page * page_bytes);
+}
+
+// Token 8 c + 4 i + 2 t + u of a page: number i of pair u of tile t.
+__device__ __forceinline__ void load_values(Rows& rows, Places at, u32 page, u32 page_bytes) {
+#pragma unroll
+  for (int t = 0; t < 2; t++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      load<VALUE_WORDS>(rows.values[t][i],
+                        at.codes + (u64)page * page_bytes + (4 * (i % 2) + 2 * t + i / 2) * ROW_BYTES);
+  load<2>(rows.value_scales, at.scales + (u64)page * page_bytes);
+}
+
+// Arguments as of attend_kernel in kernels/triton/attention.py. Grid: (batch rows * kv heads, spans).
+extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
+    attend(const unsigned char* __restrict__ keys, const unsigned char* __restrict__ values,
+           const u32* __restrict__ query, const float* __restrict__ factor, const i64* __restrict__ gather,
+           const i64* __restrict__ position, const i64* __restrict__ count, const i64* __restrict__ pages,
+           float* __restrict__ average, float* __restrict__ largest, float* __restrict__ total, u32 key_page_bytes,
+           u32 value_page_bytes, i64 tokens, int longest, int width, int window, int heads, int group) {
+  __shared__ float tops[WARPS][8], sums[WARPS][8];
+  __shared__ __align__(16) float means[WARPS][8][DIM + 4];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const int row = blockIdx.x / heads, head = blockIdx.x % heads;
+  const int start = (int)position[row], added = (int)count[row];
+  int low = blockIdx.y * SPAN;
+  const int end = smaller(low + SPAN, start + added);
+  if (window > 0 && start - window >= low) low = (start - window + 1) / PAGE * PAGE;
+  if (added == 0 || low >= end) return;
+
+  keys += (i64)head * HEAD_BYTES;
+  values += (i64)head * HEAD_BYTES;
+  Places key_places = {keys + 4 * r * ROW_BYTES + 4 * KEY_WORDS * c, keys + PAGE * ROW_BYTES + 8 * r};
+  Places value_places = {values + 8 * c * ROW_BYTES + 4 * VALUE_WORDS * r, values + PAGE * ROW_BYTES + 8 * r};
+  // Kept in registers, not computed again for each page.
+  asm volatile("" : "+l"(key_places.codes), "+l"(key_places.scales), "+l"(value_places.codes), "+l"(value_places.scales));
+  // Pages are fewer than 2^31: half of each entry will do.
+  const u32* table = (const u32*)(pages + (i64)row * width);
+  // Query row n: head n % group of the kv head's, of token n / group.
+  auto place = [&](int n) {
+    return (gather[(i64)row * longest + n / group] * heads + head) * group + n % group;
+  };
+  u32 q[QUERY_WORDS];
+  const bool mine = r / group < added;
+#pragma unroll
+  for (int i = 0; i < QUERY_WORDS; i++) q[i] = 0;
+  if (mine) load<QUERY_WORDS>(q, (const unsigned char*)(query + place(r) * (DIM / 2) + c * QUERY_WORDS));
+  float by[2];
+  int last[2], first[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int n = 2 * c + i, chunk = n / group;
+    // Not 0, because minus infinity times it is to be minus infinity.
+    by[i] = chunk < added ? fmaxf(factor[place(n)], 1e-37f) : 1.0f;
+    last[i] = smaller(start + chunk, end - 1);
+    first[i] = window > 0 ? start + chunk - window + 1 : 0;
+  }
+  float taken_off[4] = {0, 0, 0, 0};  // -1152 times the sum of a query's numbers
+#pragma unroll
+  for (int i = 0; i < QUERY_WORDS; i += 2)
+    multiply(taken_off, 0xe480e480u, 0xe480e480u, 0xe480e480u, 0xe480e480u, q[i], q[i + 1]);
+
+  float mean[TILES][4], constants[4] = {0, 0, 0, 0}, top[2] = {LOWEST, LOWEST}, added_up[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) mean[i][j] = 0;
+  // Pages are counted from the start of the sequence, so which warp takes one depends on nothing else.
+  int page = low / PAGE;
+  page += (warp - page) & (WARPS - 1);
+  const int stop = (end + PAGE - 1) / PAGE;
+  const int seen_by_all = (start + 1) / PAGE, hidden = window > 0 ? (start + added - window + PAGE - 1) / PAGE : 0;
+  Rows rows;
+  if (page < stop) {
+    const u32 at = table[2 * page];
+    load_keys(rows, key_places, at, key_page_bytes);
+    load_values(rows, value_places, at, value_page_bytes);
+  }
+  for (; page < stop; page += WARPS) {
+    const int next = page + WARPS;
+    u32 at = 0;
+    if (next < stop) at = table[2 * next];
+    float score[2][4];
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) score[t][j] = taken_off[j];
+#pragma unroll
+      for (int i = 0; i < KEY_WORDS; i++) {
+        u32 a[4], b[4];
+        decode_key(rows.keys[t][0][i], a);
+        decode_key(rows.keys[t][1][i], b);
+        multiply(score[t], a[0], b[0], a[1], b[1], q[4 * i], q[4 * i + 1]);
+        multiply(score[t], a[2], b[2], a[3], b[3], q[4 * i + 2], q[4 * i + 3]);
+      }
+    }
+    float value_scale[2][2], key_scale[2][2];
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+      key_scale[t][0] = wide(rows.key_scales[t] & 0xffff);
+      key_scale[t][1] = wide(rows.key_scales[t] >> 16);
+      value_scale[t][0] = wide(rows.value_scales[t] & 0xffff);
+      value_scale[t][1] = wide(rows.value_scales[t] >> 16);
+    }
+    if (next < stop) load_keys(rows, key_places, at, key_page_bytes);
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) score[t][j] *= key_scale[t][j / 2];
+    if (page >= seen_by_all || page < hidden) {
+      const float nothing = __int_as_float(0xff800000);
+#pragma unroll
+      for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+          const int token = page * PAGE + 4 * r + 2 * t + u;
+          // Lines that nobody wrote may hold anything.
+          if (token >= end) value_scale[t][u] = 0;
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (token > last[i] || token < first[i]) score[t][2 * u + i] = nothing;
+        }
+    }
+    // Weights times scales enter the second product, so these products are at most 2^15, a half's largest power of two.
+    float raised[2] = {top[0], top[1]};
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int u = 0; u < 2; u++) {
+        const float size = logarithm(fmaxf(value_scale[t][u], SMALLEST));
+#pragma unroll
+        for (int i = 0; i < 2; i++) raised[i] = fmaxf(raised[i], fmaf(score[t][2 * u + i], by[i], size));
+      }
+    if (__any_sync(ALL, raised[0] > top[0] || raised[1] > top[1])) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) raised[i] = fmaxf(raised[i], __shfl_xor_sync(ALL, raised[i], step));
+        const float old = power(top[i] - raised[i]);
+        top[i] = raised[i];
+        added_up[i] *= old;
+        constants[i] *= old;
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          mean[m][i] *= old;
+          mean[m][i + 2] *= old;
+        }
+      }
+    }
+    const float base[2] = {15.0f - top[0], 15.0f - top[1]};
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+      float weight[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        weight[j] = power(fmaf(score[t][j], by[j % 2], base[j % 2]));
+        added_up[j % 2] += weight[j];
+        weight[j] *= value_scale[t][j / 2];
+      }
+      const u32 b0 = transposed(narrow(weight[0], weight[1])), b1 = transposed(narrow(weight[2], weight[3]));
+      multiply(constants, CONSTANTS, CONSTANTS, CONSTANTS, CONSTANTS, b0, b1);
+#pragma unroll
+      for (int i = 0; i < 2 * VALUE_WORDS; i++) {
+        // Two bytes of each of two values, side by side.
+        const u32 chosen = i % 2 ? 0x7632u : 0x5410u;
+        const u32 x = permuted(rows.values[t][0][i / 2], rows.values[t][1][i / 2], chosen);
+        const u32 y = permuted(rows.values[t][2][i / 2], rows.values[t][3][i / 2], chosen);
+        multiply(mean[2 * i], decode_value(x << 4), decode_value(x), decode_value(y << 4), decode_value(y), b0, b1);
+        multiply(mean[2 * i + 1], decode_value(x >> 4), decode_value(x >> 8), decode_value(y >> 4), decode_value(y >> 8),
+                 b0, b1);
+      }
+    }
+    if (next < stop) load_values(rows, value_places, at, value_page_bytes);
+  }
+
+  // The warps' sums, in the order of the warps. Query row 2 c + i lies in slot 4 i + c, as banks want it.
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) added_up[i] += __shfl_xor_sync(ALL, added_up[i], step);
+    if (r == 0) {
+      tops[warp][4 * i + c] = top[i];
+      sums[warp][4 * i + c] = added_up[i];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float most = tops[0][4 * i + c];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) most = fmaxf(most, tops[w][4 * i + c]);
+    const float old = power(top[i] - most);
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+      mean[m][i] -= constants[i];
+      mean[m][i + 2] -= constants[i];
+    }
+    float* out = means[warp][4 * i + c] + r * QUERY_WORDS;
+#pragma unroll
+    for (int m = 0; m < TILES; m += 2)
+      *(float4*)(out + 2 * m) =
+          make_float4(mean[m][i] * old, mean[m][i + 2] * old, mean[m + 1][i] * old, mean[m + 1][i + 2] * old);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < DIM / 64; k++) {
+    const int at = threadIdx.x + 32 * WARPS * k, slot = at / (DIM / 4), column = at % (DIM / 4) * 4;
+    const int n = slot % 4 * 2 + slot / 4;
+    if (n / group >= added) continue;
+    const i64 out = blockIdx.y * tokens * heads * group + place(n);
+    float4 all = *(float4*)(means[0][slot] + column);
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) {
+      const float4 part = *(float4*)(means[w][slot] + column);
+      all = make_float4(all.x + part.x, all.y + part.y, all.z + part.z, all.w + part.w);
+    }
+    *(float4*)(average + out * DIM + column) = all;
+    if (column == 0) {
+      float most = tops[0][slot], weights = 0;
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) most = fmaxf(most, tops[w][slot]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) weights += sums[w][slot] * power(tops[w][slot] - most);
+      largest[out] = most;
+      total[out] = weights;
+    }
+  }
+}
