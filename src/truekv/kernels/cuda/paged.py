@@ -1,0 +1,91 @@
+"""Rows in pages where 4-bit rows are attended to in CUDA C++: all else, and longer chunks, are Triton's.
+
+Queries enter the frame of the keys and averages leave that of the values in Triton's kernels, spans are cut and merged
+as there. A step can be captured and replayed with other contents: which kernel runs follows from shapes alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Final
+
+from truekv.core.lazy import torch
+from truekv.kernels.cuda.kernel import DIMS, PAGE_TOKENS, QUERIES, load
+from truekv.kernels.triton import paged as triton
+from truekv.kernels.triton.layout import layout
+from truekv.kernels.triton.tiles import SPAN
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from truekv.core.batch import Step
+    from truekv.core.protocols import CacheFormat, Stored
+    from truekv.core.spec import Paged
+
+_CODES: Final = frozenset({"kv4", "turboquant_4bit"})
+_ROLES: Final = ["key", "value"]
+
+refusal = triton.refusal
+store = triton.store
+
+
+def takes(layer: Paged, formats: Seq[CacheFormat]) -> bool:
+    """Return whether decode and verify steps of a layer run in CUDA C++."""
+    return (
+        [item.role for item in layer.fields] == _ROLES
+        and {chosen.name for chosen in formats} <= _CODES
+        and len({item.dim for item in layer.fields}) == 1
+        and layer.fields[0].dim in DIMS
+    )
+
+
+def attend(
+    queries: tuple[torch.Tensor, ...], fields: tuple[Stored, ...], scale: float, window: int | None, step: Step
+) -> torch.Tensor:
+    """Causal attention of the step's queries over stored rows; see kernels/reference/paged.py."""
+    heads, (batch, longest) = fields[0].field.heads, step.gather.shape
+    (tokens, query_heads, dim), group = queries[0].shape, queries[0].shape[1] // heads
+    if not (_taken(fields) and tokens and group * longest <= QUERIES and scale > 0):
+        return triton.attend(queries, fields, scale, window, step)
+    key, value = fields
+    row_k, row_v = triton.aligned(key), triton.aligned(value)
+    framed, factor = triton.into_frame(queries[0], key, row_k, scale, torch.float16)
+    width = step.pages.shape[1]
+    spans = -(-width * PAGE_TOKENS // SPAN)
+    average = torch.empty(spans, tokens, query_heads, dim, device=framed.device)
+    largest = torch.empty(spans, tokens, query_heads, device=framed.device)
+    total = torch.empty_like(largest)
+    load(dim, framed.device).launch(
+        (batch * heads, spans),
+        (
+            key.data[:, key.start :],
+            value.data[:, value.start :],
+            framed,
+            factor,
+            step.gather.contiguous(),
+            step.position,
+            step.count,
+            step.pages.contiguous(),
+            average,
+            largest,
+            total,
+            ctypes.c_uint32(key.data.stride(0)),
+            ctypes.c_uint32(value.data.stride(0)),
+            ctypes.c_int64(tokens),
+            ctypes.c_int32(longest),
+            ctypes.c_int32(width),
+            ctypes.c_int32(window or 0),
+            ctypes.c_int32(heads),
+            ctypes.c_int32(group),
+        ),
+    )
+    return triton.merge(value, row_v, (average, largest, total), SPAN, window, queries[0].dtype, step)
+
+
+def _taken(fields: tuple[Stored, ...]) -> bool:
+    return (
+        [item.field.role for item in fields] == _ROLES
+        and all(layout(item).code == "kv4" and item.page_tokens == PAGE_TOKENS for item in fields)
+        and fields[0].field.dim == fields[1].field.dim
+        and fields[0].field.dim in DIMS
+    )
