@@ -154,7 +154,7 @@ class Launch:
                         self._whole_warps(mask, instruction)
                         at[mask] = now
                         waiting[mask] = True
-                        self._released(waiting, at < end)
+                        self._released(waiting)
                         break
                     self._step(instruction, mask)
                     if now in joins:
@@ -172,14 +172,12 @@ class Launch:
         if not (warps.all(1) | ~warps.any(1)).all():
             raise Wrong(f"part of a warp reaches {instruction.text}")
 
-    def _released(self, waiting: Array, alive: Array) -> None:
+    def _released(self, waiting: Array) -> None:
         """Let blocks go on whose threads all wait."""
-        shape = (len(self.barriers), -1)
-        if (waiting.reshape(shape).any(1) & ~alive.reshape(shape).all(1)).any():
-            raise Wrong("a thread waits for one that has returned")
-        done = waiting.reshape(shape).all(1)
+        blocks = waiting.reshape(len(self.barriers), -1)
+        done = blocks.all(1)
         self.barriers[done] += 1
-        waiting.reshape(shape)[done] = False
+        blocks[done] = False
 
     def _is(self, operand: str, number: int, mask: Array) -> None:
         if (np.broadcast_to(self.get(operand, "s32"), self.size)[mask] != number).any():
@@ -429,7 +427,7 @@ class Memory:
     def _found(self, address: Array, size: int) -> list[tuple[Array, Array, Array]]:
         if (address % size).any():
             raise Wrong(f"addresses that are no multiples of {size}")
-        # Fields of a layer lie in one tensor, and end where it ends: an address belongs to the last that starts before it.
+        # Fields of a layer end where its tensor ends: an address belongs to the last that starts before it.
         owner = np.searchsorted(self._starts, address, "right") - 1
         found: list[tuple[Array, Array, Array]] = []
         for index in np.unique(owner):

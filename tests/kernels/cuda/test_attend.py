@@ -1,10 +1,10 @@
-"""The CUDA kernel's PTX, executed instruction by instruction, against the reference: pages of NaN, permuted and ragged."""
+"""The CUDA kernel's PTX, run instruction by instruction, against the reference: permuted pages, and NaN around them."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
 
 pytestmark = NEEDS_NVCC
-BOUND = 2**-10
+BOUND = 2**-9
 """Queries and weights are halves."""
 LEVEL = torch.tensor(LEVELS["kv4"], dtype=torch.float64)
 
@@ -96,8 +96,7 @@ def test_windows(window: int, emulated: Emulated) -> None:
 
 def raw(cache: Cache, query: torch.Tensor, emulated: Emulated) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch on framed queries [T, H, D] of one token each; the averages, largest scores and sums of one span."""
-    key, value = cache.fields
-    (tokens, heads, dim), kv_heads = query.shape, key.field.heads
+    (tokens, heads, dim), kv_heads = query.shape, cache.fields[0].field.heads
     step = cache.step([1] * tokens)
     out = torch.empty(tokens, heads, dim), torch.empty(tokens, heads), torch.empty(tokens, heads)
     numbers = (1, step.pages.shape[1], 0, kv_heads, heads // kv_heads)
@@ -140,13 +139,13 @@ def test_every_code_in_every_place_is_its_level(dim: int, emulated: Emulated) ->
     assert torch.equal((average / total[..., None]).double(), levels[1][:, None].expand_as(average))
 
 
-@pytest.mark.parametrize("size", [0.0, 2.0**-24, 1e-5, 3.0, 65504.0])
+@pytest.mark.parametrize("size", [0.0, 2.0**-24, 1e-5, 0.2, 65504.0])
 @pytest.mark.parametrize("which", [0, 1])
 def test_scales_of_any_size_beside_others(which: int, size: float, emulated: Emulated) -> None:
     cache = fill(gqa(1, 64), formats("kv4", "kv4"), [70])
     _, scales = planes(cache, which)
     scales[cache.pages[0], 0, 5:19] = torch.tensor([size]).half().view(torch.uint8)
-    assert error(cache, [2], 4, emulated) < BOUND * (4 if which == 0 and size > 1 else 1)
+    assert error(cache, [2], 4, emulated) < BOUND
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e3, 1e6])
@@ -159,17 +158,16 @@ def test_scores_of_any_size(factor: float, emulated: Emulated) -> None:
     if factor < 1:
         wanted = reference.attend(queries, cache.fields, 0.11, None, step)
         assert float((got - wanted).abs().max()) < BOUND * float(wanted.abs().max())
-    else:
-        # One key has all the weight: queries of half precision may take another only where two are as good.
-        k, v = (
-            item.format.decode(torch.cat(planes(cache, i), -1)[cache.pages[0]].flatten(0, 2)[:70], 64)
-            for i, item in enumerate(cache.fields)
-        )
-        score = queries[0].double().flatten(0, 1) @ k.double().T
-        score[:4, 69] = -torch.inf
-        nearest = (got.flatten(0, 1)[:, None] - v).abs().amax(-1).argmin(-1)
-        best = score.amax(-1)
-        assert bool((best - score.gather(1, nearest[:, None])[:, 0] < 2e-3 * best.abs()).all())
+        return
+    # One key has all the weight, and queries of half precision may take another only if it is as good.
+    key, value = cache.fields
+    rows = [torch.cat(planes(cache, which), -1)[cache.pages[0]].flatten(0, 2)[:70] for which in range(2)]
+    score = key.frame.query(queries[0]).flatten(0, 1).double() @ key.format.decode(rows[0], 64).double().T
+    score[:4, 69] = -torch.inf
+    values = value.frame.output(value.format.decode(rows[1], 64)[:, None])[:, 0]
+    taken = (got.flatten(0, 1)[:, None] - values).abs().amax(-1).argmin(-1)
+    best = score.amax(-1)
+    assert bool((best - score.gather(1, taken[:, None])[:, 0] < 1e-3 * best).all())
 
 
 def test_a_row_does_not_depend_on_its_companions_or_the_width_of_the_table(emulated: Emulated) -> None:
@@ -270,40 +268,47 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
 
 
 def test_the_trial_before_its_first_use_passes(emulated: Emulated) -> None:
-    assert kernel.error(64, torch.device("cpu")) < kernel.BOUND
-    assert emulated.launches == 1
+    for dim in kernel.DIMS:
+        assert kernel.error(dim, torch.device("cpu")) < kernel.BOUND / 2
+    assert emulated.launches == len(kernel.DIMS)
 
 
 BROKEN = {
-    "a level of keys": ("1347563800", "1347564056"),
-    "a level of values": ("0x26af26af", "0x2eaf2eaf"),
+    "a level of keys": (str(0x50423118), str(0x51423118)),
+    "a code of values": (str(0x00F000F0), str(0x00700070)),
     "the order of weights": ("movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "),
-    "what rounds values": ("-436181504", "-436181505"),
+    "the largest score": ("max.f32", "min.f32"),
+    "what rounds values": ("fma.rn.f16x2", "prmt.b32"),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_fails_the_trial(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = ptx(64)
     old, new = BROKEN[what]
-    assert old in text
-    broken: Any = Emulated(text.replace(old, new))
-    monkeypatch.setattr(kernel, "load", broken.load)
+    assert old in ptx(64)
+    monkeypatch.setattr(kernel, "load", Emulated(ptx(64).replace(old, new)).load)
     assert not kernel.error(64, torch.device("cpu")) <= kernel.BOUND
 
 
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("bar.sync \t0;", "mov.u32 \t%r1, %r1;", "another warp wrote since the last barrier"),
-        ("fma.rn.f16x2 ", "fma.rz.f16x2 ", "an instruction that is not known: fma.rz"),
-        ("ld.global.nc.v2.u32 {%r5", "ld.global.nc.v2.u32 {%r5", ""),
+        ("bar.sync \t0;", "", "another warp wrote since the last barrier"),
+        ("fma.rn.f16x2", "fma.rz.f16x2", "an instruction that is not known: fma.rz"),
     ],
 )
 def test_what_no_device_would_do_is_refused(old: str, new: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = ptx(64)
-    assert old in text
-    broken: Any = Emulated(text.replace(old, new))
-    monkeypatch.setattr(kernel, "load", broken.load)
+    assert old in ptx(64)
+    monkeypatch.setattr(kernel, "load", Emulated(ptx(64).replace(old, new)).load)
     with pytest.raises(Wrong, match=sentence):
         kernel.error(64, torch.device("cpu"))
+
+
+def test_pages_that_no_tensor_holds_are_never_read(emulated: Emulated) -> None:
+    cache = fill(gqa(1, 64), formats("kv4", "kv4"), [70])
+    most = int(cache.pages.max())
+    short = tuple(dataclasses.replace(item, data=item.data[:most]) for item in cache.fields)
+    step = cache.step([1])
+    with pytest.raises(Wrong, match="outside of every tensor"):
+        paged.attend(cache.queries(step, 2), short, 0.1, None, step)
+    assert emulated.launches == 1
