@@ -31,7 +31,7 @@ class Emulated:
         self.program = Program.read(self._text or ptx(dim))
         return self
 
-    def launch(self, grid: tuple[int, int], arguments: tuple[object, ...]) -> None:
+    def launch(self, grid: tuple[int, int, int], arguments: tuple[object, ...]) -> None:
         self.launches += 1
         given = [item if isinstance(item, torch.Tensor) else item.value for item in arguments]  # type: ignore[attr-defined]
         Launch(self.program, grid, given).run()

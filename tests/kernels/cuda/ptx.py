@@ -32,7 +32,8 @@ _TYPES: Final = {
 }  # fmt: skip
 _STORAGE: Final = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f": np.float32}
 _POISON: Final = {"p": False, "rs": 0x7E7E, "r": 0xFFFFFFFF, "rd": 0xFFFFFFFFFFFFFFFF, "f": np.nan}
-_NO_OPTIONS: Final = frozenset({"global", "shared", "param", "nc", "sync", "aligned", "to", "lo", "wide"})
+_HALVES: Final = ("f32", "f16", "f16", "f32")
+_BYTES: Final = {("s32", "s8", "s8", "s32"): np.int8, ("s32", "s8", "u8", "s32"): np.uint8}
 
 
 class Wrong(Exception):
@@ -96,10 +97,10 @@ class Program:
 class Launch:
     """A grid of blocks of threads, and all that they hold."""
 
-    def __init__(self, program: Program, grid: tuple[int, int], arguments: Sequence[torch.Tensor | int]) -> None:
+    def __init__(self, program: Program, grid: tuple[int, int, int], arguments: Sequence[torch.Tensor | int]) -> None:
         """Take pointers as tensors, numbers as they are."""
         self.program = program
-        blocks = grid[0] * grid[1]
+        blocks = grid[0] * grid[1] * grid[2]
         self.size = blocks * program.threads
         block = np.arange(self.size) // program.threads
         self.thread = np.arange(self.size) % program.threads
@@ -107,7 +108,9 @@ class Launch:
         self.special = {
             "%tid.x": self.thread.astype(np.uint32),
             "%ctaid.x": (block % grid[0]).astype(np.uint32),
-            "%ctaid.y": (block // grid[0]).astype(np.uint32),
+            "%ctaid.y": (block // grid[0] % grid[1]).astype(np.uint32),
+            "%ctaid.z": (block // grid[0] // grid[1]).astype(np.uint32),
+            "%nctaid.x": np.full(self.size, grid[0], np.uint32),
         }
         self.registers: dict[str, Array] = {}
         self.memory = Memory([item for item in arguments if isinstance(item, torch.Tensor)])
@@ -250,6 +253,8 @@ class Launch:
             value = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
         elif parts == "f32.f16":
             value = self.get(sources[0], "b16").view(np.float16).astype(np.float32)
+        elif parts == "rn.f32.s32":
+            value = self.get(sources[0], "s32").astype(np.float32)
         elif len(kinds) == 2 and kinds == list(instruction.parts) and "f32" not in kinds:
             value = self.get(sources[0], kinds[1]).astype(_TYPES[kinds[0]])
         else:
@@ -318,7 +323,11 @@ class Launch:
 
     def _do_mma(self, instruction: Instruction, mask: Array, _kinds: list[str]) -> None:
         self._whole_warps(mask, instruction)
-        if instruction.parts != ("sync", "aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"):
+        kinds = instruction.parts[5:]
+        if instruction.parts[:5] == ("sync", "aligned", "m16n8k32", "row", "col") and kinds in _BYTES:
+            self._multiply_bytes(instruction, mask, _BYTES[kinds])
+            return
+        if instruction.parts[:5] != ("sync", "aligned", "m16n8k16", "row", "col") or kinds != _HALVES:
             raise Wrong(f"an instruction that is not known: {instruction.text}")
         out, a, b, c = (_members(item) for item in instruction.operands)
         a_WRK, b_WKN, c_WRN = (np.empty((self.size // 32, *shape)) for shape in ((16, 16), (16, 8), (16, 8)))
@@ -336,6 +345,23 @@ class Launch:
         for place, item in enumerate(out):
             part = d_WRN[:, place // 2 * 8 : place // 2 * 8 + 8, place % 2 :: 2]
             self.put(item, np.ascontiguousarray(part).reshape(-1), mask)
+
+    def _multiply_bytes(self, instruction: Instruction, mask: Array, kind: type) -> None:
+        out, a, b, c = (_members(item) for item in instruction.operands)
+        a_WRK, b_WNK = np.empty((self.size // 32, 16, 32), np.int64), np.empty((self.size // 32, 8, 32), np.int64)
+        for place, item in enumerate(a):
+            rows, columns = place % 2 * 8, place // 2 * 16
+            a_WRK[:, rows : rows + 8, columns : columns + 16] = self._of_bytes(item, np.int8)
+        for place, item in enumerate(b):
+            b_WNK[:, :, place * 16 : place * 16 + 16] = self._of_bytes(item, kind)
+        d_WRN = (a_WRK @ b_WNK.transpose(0, 2, 1)).astype(np.int32)
+        for place, (target, start) in enumerate(zip(out, c, strict=True)):
+            part = d_WRN[:, place // 2 * 8 : place // 2 * 8 + 8, place % 2 :: 2]
+            self.put(target, np.ascontiguousarray(part).reshape(-1) + self.get(start, "s32"), mask)
+
+    def _of_bytes(self, operand: str, kind: type) -> Array:
+        words = np.ascontiguousarray(np.broadcast_to(self.get(operand, "b32"), self.size))
+        return words.view(kind).reshape(-1, 8, 16)
 
     def _halves(self, operand: str) -> Array:
         words = np.ascontiguousarray(np.broadcast_to(self.get(operand, "b32"), self.size))

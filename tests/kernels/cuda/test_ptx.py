@@ -32,7 +32,7 @@ def run(body: str, numbers: torch.Tensor | None = None) -> torch.Tensor:
     """64 threads with a number each; %r9 is written back."""
     out = torch.arange(64, dtype=torch.int32) if numbers is None else numbers
     text = f"{HEAD} ld.global.nc.u32 %r9, [%rd3]; {body} st.global.u32 [%rd3], %r9; $L__end: ret; }}"
-    Launch(Program.read(text), (1, 1), (out,)).run()
+    Launch(Program.read(text), (1, 1, 1), (out,)).run()
     return out
 
 

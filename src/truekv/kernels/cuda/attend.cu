@@ -16,9 +16,10 @@ typedef unsigned long long u64;
 
 constexpr int WARPS = 4;
 constexpr int ROW_BYTES = DIM / 2, HEAD_BYTES = PAGE * (ROW_BYTES + 2);
-constexpr int KEY_WORDS = DIM / 32, VALUE_WORDS = DIM / 64, QUERY_WORDS = DIM / 8, TILES = DIM / 16;
+constexpr int KEY_WORDS = DIM / 32, VALUE_WORDS = DIM / 64, QUERY_WORDS = DIM / 16, TILES = DIM / 16;
 constexpr float LOWEST = -3.0e38f;  // as in kernels/triton/attention.py
 constexpr float SMALLEST = 5.9604645e-8f;  // 2^-24, of the scales that are not 0
+constexpr float UNITS = 32512;      // of a query's 1: 127 * 256
 constexpr u32 ALL = 0xffffffffu;
 constexpr u32 CONSTANTS = 0xe6006600u;  // 1536 and -1536
 
@@ -65,6 +66,16 @@ __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Bytes times bytes: those of queries are signed or not.
+#define MULTIPLY_BYTES(name, type)                                                                              \
+  __device__ __forceinline__ void name(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                 \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8." type ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
+                 "{%8, %9}, {%0, %1, %2, %3};"                                                                  \
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                               \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                       \
+  }
+MULTIPLY_BYTES(multiply_high, "s8")
+MULTIPLY_BYTES(multiply_low, "u8")
 template <int WORDS>
 __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
   if constexpr (WORDS == 1) {
@@ -80,16 +91,14 @@ __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
   }
 }
 
-// Eight codes of one key to 1152 + level, in the order of their columns: codes are selectors of bytes, see
-// kernels/triton/codebook.py. What the constant adds to a score is the same for every key, and is taken off before.
+// Eight codes of one key to their levels, bytes in the order of their columns: codes are selectors of bytes, see
+// kernels/triton/codebook.py.
 __device__ __forceinline__ void decode_key(u32 codes, u32* out) {
   u32 select = codes & 0x77777777u, half = ((codes >> 1) & 0x44444444u) | 0x32103210u;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    u32 low = permuted(0x50423118u, 0x7b71675cu, select), high = permuted(0xa4998f85u, 0xe8cfbeb0u, select);
-    u32 level = permuted(low, high, half);
-    out[2 * i] = permuted(level, 0x64646464u, 0x4140u);
-    out[2 * i + 1] = permuted(level, 0x64646464u, 0x4342u);
+    const u32 low = permuted(0xd0c2b198u, 0xfbf1e7dcu, select), high = permuted(0x24190f05u, 0x684f3e30u, select);
+    out[i] = permuted(low, high, half);
     select >>= 16;
     half >>= 16;
   }
@@ -134,19 +143,19 @@ __device__ __forceinline__ void load_values(Rows& rows, Places at, u32 page, u32
   load<2>(rows.value_scales, at.scales + (u64)page * page_bytes);
 }
 
-// Arguments as of attend_kernel in kernels/triton/attention.py. Grid: (batch rows * kv heads, spans).
+// Arguments as of attend_kernel in kernels/triton/attention.py. Grid: (kv heads, batch rows, spans).
 extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
     attend(const unsigned char* __restrict__ keys, const unsigned char* __restrict__ values,
-           const u32* __restrict__ query, const float* __restrict__ factor, const i64* __restrict__ gather,
+           const float* __restrict__ query, const float* __restrict__ factor, const i64* __restrict__ gather,
            const i64* __restrict__ position, const i64* __restrict__ count, const i64* __restrict__ pages,
            float* __restrict__ average, float* __restrict__ largest, float* __restrict__ total, u32 key_page_bytes,
-           u32 value_page_bytes, i64 tokens, int longest, int width, int window, int heads, int group) {
+           u32 value_page_bytes, i64 tokens, int longest, int width, int window, int group) {
   __shared__ float tops[WARPS][8], sums[WARPS][8];
   __shared__ __align__(16) float means[WARPS][8][DIM + 4];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const int row = blockIdx.x / heads, head = blockIdx.x % heads;
+  const int head = blockIdx.x, row = blockIdx.y;
   const int start = (int)position[row], added = (int)count[row];
-  int low = blockIdx.y * SPAN;
+  int low = blockIdx.z * SPAN;
   const int end = smaller(low + SPAN, start + added);
   if (window > 0 && start - window >= low) low = (start - window + 1) / PAGE * PAGE;
   if (added == 0 || low >= end) return;
@@ -159,29 +168,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
   asm volatile("" : "+l"(key_places.codes), "+l"(key_places.scales), "+l"(value_places.codes), "+l"(value_places.scales));
   // Pages are fewer than 2^31: half of each entry will do.
   const u32* table = (const u32*)(pages + (i64)row * width);
-  // Query row n: head n % group of the kv head's, of token n / group.
+  // Query row n: head n % group of the kv head's, of token n / group; right for n and groups of up to 8.
+  const int reciprocal = 256 / group + 1, heads = gridDim.x;
+  auto token_of = [&](int n) { return n * reciprocal >> 8; };
   auto place = [&](int n) {
-    return (gather[(i64)row * longest + n / group] * heads + head) * group + n % group;
+    const int token = token_of(n);
+    return (gather[(i64)row * longest + token] * heads + head) * group + n - token * group;
   };
-  u32 q[QUERY_WORDS];
-  const bool mine = r / group < added;
+  // Numbers of a query are no larger than 1: integers of 16 bits, whose upper and lower bytes meet keys one by one.
+  u32 high[QUERY_WORDS], low_bytes[QUERY_WORDS];
+  const bool asked = token_of(r) < added;
+  const unsigned char* numbers = (const unsigned char*)(asked ? query + place(r) * DIM + 4 * c * QUERY_WORDS : query);
 #pragma unroll
-  for (int i = 0; i < QUERY_WORDS; i++) q[i] = 0;
-  if (mine) load<QUERY_WORDS>(q, (const unsigned char*)(query + place(r) * (DIM / 2) + c * QUERY_WORDS));
+  for (int i = 0; i < QUERY_WORDS; i++) {
+    u32 four[4] = {0, 0, 0, 0};
+    if (asked) load<4>(four, numbers + 16 * i);
+#pragma unroll
+    for (int j = 0; j < 4; j++) four[j] = __float_as_uint(fmaf(__uint_as_float(four[j]), UNITS, 12582912.0f));
+    const u32 a = permuted(four[0], four[1], 0x5140u), b = permuted(four[2], four[3], 0x5140u);
+    low_bytes[i] = permuted(a, b, 0x5410u);
+    high[i] = permuted(a, b, 0x7632u);
+  }
   float by[2];
   int last[2], first[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int n = 2 * c + i, chunk = n / group;
-    // Not 0, because minus infinity times it is to be minus infinity.
-    by[i] = chunk < added ? fmaxf(factor[place(n)], 1e-37f) : 1.0f;
+    const int n = 2 * c + i, chunk = token_of(n);
+    by[i] = chunk < added ? factor[place(n)] * (1 / UNITS) : 1.0f;
+    // Not 0, because minus infinity times it is to be minus infinity; and what is no number stays none.
+    if (by[i] < 1e-37f) by[i] = 1e-37f;
     last[i] = smaller(start + chunk, end - 1);
     first[i] = window > 0 ? start + chunk - window + 1 : 0;
   }
-  float taken_off[4] = {0, 0, 0, 0};  // -1152 times the sum of a query's numbers
-#pragma unroll
-  for (int i = 0; i < QUERY_WORDS; i += 2)
-    multiply(taken_off, 0xe480e480u, 0xe480e480u, 0xe480e480u, 0xe480e480u, q[i], q[i + 1]);
 
   float mean[TILES][4], constants[4] = {0, 0, 0, 0}, top[2] = {LOWEST, LOWEST}, added_up[2] = {0, 0};
 #pragma unroll
@@ -206,16 +224,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
     float score[2][4];
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) score[t][j] = taken_off[j];
+      int upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int i = 0; i < KEY_WORDS; i++) {
-        u32 a[4], b[4];
+        u32 a[2], b[2];
         decode_key(rows.keys[t][0][i], a);
         decode_key(rows.keys[t][1][i], b);
-        multiply(score[t], a[0], b[0], a[1], b[1], q[4 * i], q[4 * i + 1]);
-        multiply(score[t], a[2], b[2], a[3], b[3], q[4 * i + 2], q[4 * i + 3]);
+        multiply_high(upper, a[0], b[0], a[1], b[1], high[2 * i], high[2 * i + 1]);
+        multiply_low(lower, a[0], b[0], a[1], b[1], low_bytes[2 * i], low_bytes[2 * i + 1]);
       }
+      // Sums of integers, exact.
+#pragma unroll
+      for (int j = 0; j < 4; j++) score[t][j] = (float)(upper[j] * 256 + lower[j]);
     }
     float value_scale[2][2], key_scale[2][2];
 #pragma unroll
@@ -318,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
       mean[m][i] -= constants[i];
       mean[m][i + 2] -= constants[i];
     }
-    float* out = means[warp][4 * i + c] + r * QUERY_WORDS;
+    float* out = means[warp][4 * i + c] + r * (DIM / 8);
 #pragma unroll
     for (int m = 0; m < TILES; m += 2)
       *(float4*)(out + 2 * m) =
@@ -329,8 +349,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
   for (int k = 0; k < DIM / 64; k++) {
     const int at = threadIdx.x + 32 * WARPS * k, slot = at / (DIM / 4), column = at % (DIM / 4) * 4;
     const int n = slot % 4 * 2 + slot / 4;
-    if (n / group >= added) continue;
-    const i64 out = blockIdx.y * tokens * heads * group + place(n);
+    if (token_of(n) >= added) continue;
+    const i64 out = blockIdx.z * tokens * heads * group + place(n);
     float4 all = *(float4*)(means[0][slot] + column);
 #pragma unroll
     for (int w = 1; w < WARPS; w++) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
@@ -12,7 +12,7 @@ from truekv.core.lazy import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-Argument = torch.Tensor | ctypes.c_int32 | ctypes.c_uint32 | ctypes.c_int64 if TYPE_CHECKING else object
+Argument: TypeAlias = "torch.Tensor | ctypes.c_int32 | ctypes.c_uint32 | ctypes.c_int64"
 """A tensor stands for its address."""
 _THREADS: Final = 128
 
@@ -31,7 +31,7 @@ class Function:
             found = _driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
         _check(found, f"find the kernel '{name}'")
 
-    def launch(self, grid: tuple[int, int], arguments: Seq[Argument]) -> None:
+    def launch(self, grid: tuple[int, int, int], arguments: Seq[Argument]) -> None:
         """Launch blocks of 128 threads on the current stream of the device, and do not wait for them."""
         held: list[Any] = [
             ctypes.c_void_p(item.data_ptr()) if isinstance(item, torch.Tensor) else item for item in arguments
@@ -39,7 +39,7 @@ class Function:
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(item) for item in held))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         result = _driver().cuLaunchKernel(
-            self._function, *(ctypes.c_uint(size) for size in (*grid, 1, _THREADS, 1, 1, 0)), stream, pointers, None
+            self._function, *(ctypes.c_uint(size) for size in (*grid, _THREADS, 1, 1, 0)), stream, pointers, None
         )
         _check(result, "launch a kernel")
 

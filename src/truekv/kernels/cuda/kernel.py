@@ -29,13 +29,14 @@ PAGE_TOKENS: Final = 32
 BOUND: Final = 5e-4
 """Of the error on a device, relative to the largest number: weights are halves, of 11 bits."""
 _FACTOR: Final = 8.0
+_UNITS: Final = 32512.0
 _LOWEST: Final = -3.0e38
 
 
 class Launchable(Protocol):
     """What runs the kernel."""
 
-    def launch(self, grid: tuple[int, int], arguments: Seq[Argument]) -> None:
+    def launch(self, grid: tuple[int, int, int], arguments: Seq[Argument]) -> None:
         """Run it with as many blocks."""
         ...
 
@@ -83,7 +84,8 @@ def error(dim: int, device: torch.device) -> float:
     scales = torch.rand(2, 2 * width, heads, PAGE_TOKENS, generator=make).half() / 40
     data = torch.cat([codes, scales.view(torch.uint8)], -1).to(device)
     query = torch.randn(sum(counts), heads * group, dim, generator=make)
-    query = (query / query.norm(dim=-1, keepdim=True)).half()
+    # Numbers that the kernel takes as they are: only weights are rounded.
+    query = (torch.nn.functional.normalize(query, dim=-1) * _UNITS).round() / _UNITS
     position = torch.tensor([length - count for length, count in zip(lengths, counts, strict=True)])
     gather = torch.tensor([[0, 1], [2, 2]])
     average = torch.zeros(2, sum(counts), heads * group, dim, device=device)
@@ -92,7 +94,7 @@ def error(dim: int, device: torch.device) -> float:
     total = torch.zeros_like(largest)
     step = (gather, position, torch.tensor(counts), pages)
     run.launch(
-        (2 * heads, 2),
+        (heads, 2, 2),
         (
             data[0],
             data[1],
@@ -104,7 +106,7 @@ def error(dim: int, device: torch.device) -> float:
             total,
             *(ctypes.c_uint32(side[0].numel()) for side in data),
             ctypes.c_int64(sum(counts)),
-            *(ctypes.c_int32(number) for number in (2, width, 0, heads, group)),
+            *(ctypes.c_int32(number) for number in (2, width, 0, group)),
         ),
     )
     share = torch.exp2(largest - largest.amax(0)) * (largest > _LOWEST)

@@ -49,14 +49,14 @@ def attend(
         return triton.attend(queries, fields, scale, window, step)
     key, value = fields
     row_k, row_v = triton.aligned(key), triton.aligned(value)
-    framed, factor = triton.into_frame(queries[0], key, row_k, scale, torch.float16)
+    framed, factor = triton.into_frame(queries[0], key, row_k, scale, torch.float32)
     width = step.pages.shape[1]
     spans = -(-width * PAGE_TOKENS // SPAN)
     average = torch.empty(spans, tokens, query_heads, dim, device=framed.device)
     largest = torch.empty(spans, tokens, query_heads, device=framed.device)
     total = torch.empty_like(largest)
     load(dim, framed.device).launch(
-        (batch * heads, spans),
+        (heads, batch, spans),
         (
             key.data[:, key.start :],
             value.data[:, value.start :],
@@ -75,7 +75,6 @@ def attend(
             ctypes.c_int32(longest),
             ctypes.c_int32(width),
             ctypes.c_int32(window or 0),
-            ctypes.c_int32(heads),
             ctypes.c_int32(group),
         ),
     )
