@@ -99,7 +99,7 @@ def raw(cache: Cache, query: torch.Tensor, emulated: Emulated) -> tuple[torch.Te
     (tokens, heads, dim), kv_heads = query.shape, cache.fields[0].field.heads
     step = cache.step([1] * tokens)
     out = torch.empty(tokens, heads, dim), torch.empty(tokens, heads), torch.empty(tokens, heads)
-    numbers = (1, step.pages.shape[1], 0, heads // kv_heads)
+    numbers = (1, step.pages.shape[1], 0, heads // kv_heads, 1)
     emulated.load(dim, query.device).launch(
         (kv_heads, tokens, 1),
         (
@@ -185,6 +185,20 @@ def test_a_row_does_not_depend_on_its_companions_or_the_width_of_the_table(emula
     one = cache.shortened([SPAN + 89, 530, 3]).step([1], [0])
     assert torch.equal(run(cache, one, tuple(query[:1] for query in queries)), together[:1])
     assert emulated.launches == 5
+
+
+def test_a_block_of_several_spans_makes_the_same_bits(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    for window in (None, SPAN + 50):
+        cache = fill(gqa(1, 64, window), formats("kv4", "kv4"), [3 * SPAN + 90, 530, 3], measured=True)
+        step = cache.step([2, 2, 1])
+        queries = cache.queries(step, 4)
+        one = run(cache, step, queries)
+        for most, each in ((20, 2), (12, 4)):
+            with monkeypatch.context() as patched:
+                patched.setattr(paged, "_MANY", most)
+                assert paged.spans_of_a_block(12) == each
+                assert torch.equal(run(cache, step, queries), one)
+    assert emulated.launches == 6
 
 
 @pytest.mark.parametrize("garbage", [0x00, 0x7F, 0xFF])

@@ -39,7 +39,7 @@ def test_the_kernel_takes_no_more_than_the_table_says(dim: int, gate: Any) -> No
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
     instructions, loops = gate._loops(code)
     assert not [text for text in instructions if text.startswith(("LDL", "STL"))]
-    # The other loop is the driver's, behind the last instruction.
+    # What is out of line, behind the last instruction, ends in jumps back too.
     longest = max(end - start for start, end in loops)
     assert int(registers) <= TABLE[str(dim)]["registers"]
     assert longest * 32 / (kernel.PAGE_TOKENS * 2 * dim) <= TABLE[str(dim)]["instructions"]

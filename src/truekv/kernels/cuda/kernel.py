@@ -106,7 +106,7 @@ def error(dim: int, device: torch.device) -> float:
             total,
             *(ctypes.c_uint32(side[0].numel()) for side in data),
             ctypes.c_int64(sum(counts)),
-            *(ctypes.c_int32(number) for number in (2, width, 0, group)),
+            *(ctypes.c_int32(number) for number in (2, width, 0, group, 1)),
         ),
     )
     share = torch.exp2(largest - largest.amax(0)) * (largest > _LOWEST)

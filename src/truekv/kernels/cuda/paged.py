@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from truekv.core.spec import Paged
 
 _CODES: Final = frozenset({"kv4", "turboquant_4bit"})
+_MANY: Final = 8192
 _ROLES: Final = ["key", "value"]
 
 refusal = triton.refusal
@@ -52,11 +53,12 @@ def attend(
     framed, factor = triton.into_frame(queries[0], key, row_k, scale, torch.float32)
     width = step.pages.shape[1]
     spans = -(-width * PAGE_TOKENS // SPAN)
+    each = spans_of_a_block(batch * heads * spans)
     average = torch.empty(spans, tokens, query_heads, dim, device=framed.device)
     largest = torch.empty(spans, tokens, query_heads, device=framed.device)
     total = torch.empty_like(largest)
     load(dim, framed.device).launch(
-        (heads, batch, spans),
+        (heads, batch, -(-spans // each)),
         (
             key.data[:, key.start :],
             value.data[:, value.start :],
@@ -76,9 +78,15 @@ def attend(
             ctypes.c_int32(width),
             ctypes.c_int32(window or 0),
             ctypes.c_int32(group),
+            ctypes.c_int32(each),
         ),
     )
     return triton.merge(value, row_v, (average, largest, total), SPAN, window, queries[0].dtype, step)
+
+
+def spans_of_a_block(spans: int) -> int:
+    """Return how many spans a block takes, of so many in all: more than one only where all processors stay busy."""
+    return 4 if spans >= _MANY else 2 if spans >= _MANY // 2 else 1
 
 
 def _taken(fields: tuple[Stored, ...]) -> bool:
