@@ -69,17 +69,16 @@ def error(cache: Cache, counts: list[int], group: int, launches: list[object]) -
     return float(((got.double().cpu() - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
 
 
-@pytest.mark.parametrize("dim", kernel.DIMS)
-def test_it_compiles_and_passes_its_trial(dim: int) -> None:
-    assert kernel.problem(dim, torch.device(DEVICE, 0)) is None
+@pytest.mark.parametrize("kind", kernel.KINDS)
+def test_it_compiles_and_passes_its_trial(kind: kernel.Kind) -> None:
+    assert kernel.problem(kind, torch.device(DEVICE, 0)) is None
     assert compiler.compiler().version
 
 
-@pytest.mark.parametrize("name", ["kv4", "turboquant_4bit"])
-@pytest.mark.parametrize("dim", kernel.DIMS)
+@pytest.mark.parametrize("kind", kernel.KINDS)
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 511, 512, 513, 3000])
-def test_lengths_and_head_sizes(length: int, dim: int, name: str, launches: list[object]) -> None:
-    cache = fill(gqa(2, dim), formats(name, name), [length, 40], seed=length)
+def test_lengths_and_kinds(length: int, kind: kernel.Kind, launches: list[object]) -> None:
+    cache = fill(gqa(2, kind.dim), formats(kind.keys, "kv4"), [length, 40], seed=length)
     assert error(cache, [1, 2], 4, launches) < BOUND
 
 
@@ -99,10 +98,12 @@ def captured(function: Callable[[], torch.Tensor]) -> CudaRecording:
     return CudaRecording(function, pool=torch.cuda.graph_pool_handle(), aside=torch.cuda.Stream())
 
 
-@pytest.mark.parametrize("dim", kernel.DIMS)
-def test_a_graph_replays_what_eager_steps_compute_with_other_contents(dim: int, launches: list[object]) -> None:
+@pytest.mark.parametrize("kind", kernel.KINDS)
+def test_a_graph_replays_what_eager_steps_compute_with_other_contents(
+    kind: kernel.Kind, launches: list[object]
+) -> None:
     """Another length, other queries and other pages in the same buffers; spans that nobody writes hold NaN."""
-    cache = fill(gqa(2, dim), formats("kv4", "kv4"), [900, 700])
+    cache = fill(gqa(2, kind.dim), formats(kind.keys, "kv4"), [900, 700])
     fields, steps = there(cache), [cache.shortened(lengths).step([2, 2]) for lengths in ([600, 40], [900, 700])]
     held, query = moved(steps[0]), cache.queries(steps[0], 4)[0].to(DEVICE)
     recording = captured(lambda: paged.attend((query,), fields, 0.1, None, held))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from truekv.core.protocols import CacheFormat, ScanKernel, Stored
     from truekv.core.sampling import Draw, Sampling
     from truekv.core.spec import LayerSpec, ModelSpec
+    from truekv.kernels.cuda.kernel import Kind
 
 Formats = tuple["CacheFormat", ...]
 Layers: TypeAlias = "Seq[tuple[LayerSpec, Formats | None]]"
@@ -211,16 +212,17 @@ def _fastest(layers: Layers, device: torch.device) -> str:
     return fast
 
 
-def _in_cuda(layers: Layers) -> list[Paged]:
-    """Return the layers that are attended to in CUDA C++."""
-    from truekv.kernels.cuda.paged import takes
+def _in_cuda(layers: Layers) -> list[Kind]:
+    """Return the kinds of kernels in CUDA C++ that attend to some of the layers."""
+    from truekv.kernels.cuda.paged import taken
 
-    return [layer for layer, names in layers if isinstance(layer, Paged) and takes(layer, names or ())]
+    kinds = (taken(layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
+    return [kind for kind in kinds if kind]
 
 
 def _untrusted(layers: Layers, device: torch.device) -> str | None:
     """Return why the kernels that these layers take are not used on a device, or None: they are tried there."""
-    reasons = (_cuda().problem(layer.fields[0].dim, device) for layer in _in_cuda(layers))
+    reasons = (_cuda().problem(kind, device) for kind in _in_cuda(layers))
     return next((text for text in reasons if text), None)
 
 

@@ -14,10 +14,10 @@ NEEDS_NVCC = pytest.mark.skipif(compiler.nvcc() is None, reason="needs nvcc, whi
 
 
 @functools.cache
-def ptx(dim: int) -> str:
+def ptx(kind: kernel.Kind) -> str:
     found = compiler.nvcc()
     assert found is not None
-    return found.ptx(kernel.SOURCE, compiler.options(kernel.definitions(dim)))
+    return found.ptx(kernel.SOURCE, compiler.options(kernel.definitions(kind)))
 
 
 class Emulated:
@@ -27,8 +27,8 @@ class Emulated:
         self.launches = 0
         self._text = text
 
-    def load(self, dim: int, _device: torch.device) -> Emulated:
-        self.program = Program.read(self._text or ptx(dim))
+    def load(self, kind: kernel.Kind, _device: torch.device) -> Emulated:
+        self.program = Program.read(self._text or ptx(kind))
         return self
 
     def launch(self, grid: tuple[int, int, int], arguments: tuple[object, ...]) -> None:

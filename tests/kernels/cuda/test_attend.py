@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 pytestmark = NEEDS_NVCC
 BOUND = 2**-9
 """Queries and weights are halves."""
+SMALL = kernel.Kind("kv4", 64)
 LEVEL = torch.tensor(LEVELS["kv4"], dtype=torch.float64)
 
 
@@ -67,10 +68,11 @@ def error(cache: Cache, counts: list[int], group: int, emulated: Emulated) -> fl
     return float(((got - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
 
 
-@pytest.mark.parametrize("name", ["kv4", "turboquant_4bit"])
-@pytest.mark.parametrize("dim", kernel.DIMS)
-def test_every_head_size(dim: int, name: str, emulated: Emulated) -> None:
-    cache = fill(gqa(2, dim), formats(name, name), [70, 33], measured=True, seed=dim)
+@pytest.mark.parametrize("values", ["kv4", "turboquant_4bit"])
+@pytest.mark.parametrize("kind", kernel.KINDS)
+def test_every_kind_of_rows(kind: kernel.Kind, values: str, emulated: Emulated) -> None:
+    keys = values if kind.keys == "kv4" else kind.keys
+    cache = fill(gqa(2, kind.dim), formats(keys, values), [70, 33], measured=True, seed=kind.dim)
     assert error(cache, [1, 2], 4, emulated) < BOUND
 
 
@@ -96,11 +98,12 @@ def test_windows(window: int, emulated: Emulated) -> None:
 
 def raw(cache: Cache, query: torch.Tensor, emulated: Emulated) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch on framed queries [T, H, D] of one token each; the averages, largest scores and sums of one span."""
-    (tokens, heads, dim), kv_heads = query.shape, cache.fields[0].field.heads
+    (tokens, heads, dim), key = query.shape, cache.fields[0]
+    kv_heads = key.field.heads
     step = cache.step([1] * tokens)
     out = torch.empty(tokens, heads, dim), torch.empty(tokens, heads), torch.empty(tokens, heads)
     numbers = (1, step.pages.shape[1], 0, heads // kv_heads, 1)
-    emulated.load(dim, query.device).launch(
+    emulated.load(kernel.Kind(key.format.name, dim), query.device).launch(
         (kv_heads, tokens, 1),
         (
             *(item.data[:, item.start :] for item in cache.fields),
@@ -119,19 +122,21 @@ def planes(cache: Cache, which: int) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
-@pytest.mark.parametrize("dim", kernel.DIMS)
-def test_every_code_in_every_place_is_its_level(dim: int, emulated: Emulated) -> None:
+@pytest.mark.parametrize("kind", kernel.KINDS)
+def test_every_code_in_every_place_is_its_level(kind: kernel.Kind, emulated: Emulated) -> None:
     """One key per sequence, met by queries that are one number each; and one value, which its average is."""
-    cache = fill(gqa(1, dim), formats("kv4", "kv4"), [1] * dim)
-    make = torch.Generator().manual_seed(dim)
-    codes = torch.stack([torch.randint(0, 256, (dim, dim // 2), dtype=torch.uint8, generator=make) for _ in range(2)])
+    dim, make = kind.dim, torch.Generator().manual_seed(kind.dim)
+    cache = fill(gqa(1, dim), formats(kind.keys, "kv4"), [1] * dim)
+    levels: list[torch.Tensor] = []
     for which in range(2):
         lines, scales = planes(cache, which)
-        lines[cache.pages[:, 0], 0, 0] = codes[which]
+        codes = torch.randint(0, 256, (dim, lines.shape[-1]), dtype=torch.uint8, generator=make)
+        lines[cache.pages[:, 0], 0, 0] = codes
         scales[cache.pages[:, 0], 0, 0] = torch.tensor([1.0]).half().view(torch.uint8)
-    levels = LEVEL[torch.stack([codes & 15, codes >> 4], -1).flatten(2).long()]
-    seen = {(int(code), place % 8) for code, place in zip(codes[0].flatten() & 15, range(dim * dim // 2), strict=True)}
-    assert len(seen) == 128
+        nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
+        levels.append(codes.view(torch.int8).double() if lines.shape[-1] == dim else LEVEL[nibbles.long()])
+    # Nibbles of words are decoded alike: every code is in each.
+    assert len(set((nibbles.view(-1, 8) * 8 + torch.arange(8)).flatten().tolist())) == 128
     columns = (torch.arange(dim)[:, None] * 8 + torch.arange(8)) % dim
     average, largest, total = raw(cache, torch.nn.functional.one_hot(columns, dim).float(), emulated)
     assert torch.equal(largest.double(), levels[0].gather(1, columns))
@@ -275,16 +280,18 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
         assert float((run(cache, step, cache.queries(step, group)) - wanted).abs().max()) < 1e-4
     assert not emulated.launches
     four, eight = formats("kv4", "int8")
-    assert paged.takes(gqa(2, 128), (four, four))
-    assert not paged.takes(gqa(2, 80), (four, four))
-    assert not paged.takes(gqa(2, 128), (eight, four))
-    assert not paged.takes(Paged((Field("l", 1, 64, "both"), Field("r", 1, 64, "key"))), (four, four))
+    assert paged.taken(gqa(2, 128), (four, four)) == ("kv4", 128)
+    assert paged.taken(gqa(2, 128), (eight, four)) == ("int8", 128)
+    assert paged.taken(gqa(2, 256), (eight, four)) is None
+    assert paged.taken(gqa(2, 80), (four, four)) is None
+    assert paged.taken(gqa(2, 128), (four, eight)) is None
+    assert paged.taken(Paged((Field("l", 1, 64, "both"), Field("r", 1, 64, "key"))), (four, four)) is None
 
 
 def test_the_trial_before_its_first_use_passes(emulated: Emulated) -> None:
-    for dim in kernel.DIMS:
-        assert kernel.error(dim, torch.device("cpu")) < kernel.BOUND / 2
-    assert emulated.launches == len(kernel.DIMS)
+    for kind in kernel.KINDS:
+        assert kernel.error(kind, torch.device("cpu")) < kernel.BOUND / 2
+    assert emulated.launches == len(kernel.KINDS)
 
 
 BROKEN = {
@@ -299,9 +306,9 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_fails_the_trial(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = BROKEN[what]
-    assert old in ptx(64)
-    monkeypatch.setattr(kernel, "load", Emulated(ptx(64).replace(old, new)).load)
-    assert not kernel.error(64, torch.device("cpu")) <= kernel.BOUND
+    assert old in ptx(SMALL)
+    monkeypatch.setattr(kernel, "load", Emulated(ptx(SMALL).replace(old, new)).load)
+    assert not kernel.error(SMALL, torch.device("cpu")) <= kernel.BOUND
 
 
 @pytest.mark.parametrize(
@@ -312,10 +319,10 @@ def test_a_broken_kernel_fails_the_trial(what: str, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_what_no_device_would_do_is_refused(old: str, new: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert old in ptx(64)
-    monkeypatch.setattr(kernel, "load", Emulated(ptx(64).replace(old, new)).load)
+    assert old in ptx(SMALL)
+    monkeypatch.setattr(kernel, "load", Emulated(ptx(SMALL).replace(old, new)).load)
     with pytest.raises(Wrong, match=sentence):
-        kernel.error(64, torch.device("cpu"))
+        kernel.error(SMALL, torch.device("cpu"))
 
 
 def test_pages_that_no_tensor_holds_are_never_read(emulated: Emulated) -> None:

@@ -39,7 +39,7 @@ def trial(monkeypatch: pytest.MonkeyPatch, emulated: Emulated) -> None:
     """Tensors stay where the emulator reads them."""
     monkeypatch.setattr(kernel, "load", emulated.load)
     tried = kernel.error
-    monkeypatch.setattr(kernel, "error", lambda dim, _device: tried(dim, torch.device("cpu")))
+    monkeypatch.setattr(kernel, "error", lambda kind, _device: tried(kind, torch.device("cpu")))
 
 
 @NEEDS_NVCC
@@ -71,7 +71,7 @@ def test_4_bit_rows_of_a_hopper_are_attended_to_in_cuda_once_the_kernel_has_pass
 def test_a_kernel_that_fails_its_trial_is_not_used_and_one_line_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = Emulated(ptx(128).replace("movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "))
+    broken = Emulated(ptx(kernel.Kind("kv4", 128)).replace("movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "))
     trial(monkeypatch, broken)
     for _ in range(2):
         assert select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), device="cuda").backend == "triton"
@@ -139,10 +139,10 @@ def test_where_nothing_can_be_kept_it_compiles_all_the_same(tmp_path: Path, monk
 
 
 @pytest.mark.skipif(not compiler._nvrtc_paths(), reason="needs NVRTC, which comes with torch for CUDA")
-def test_nvrtc_compiles_every_head_size() -> None:
+def test_nvrtc_compiles_every_kind() -> None:
     made = compiler.Nvrtc(compiler._nvrtc_paths()[0])
-    for dim in kernel.DIMS:
-        assert made.compile(kernel.SOURCE, compiler.options(kernel.definitions(dim))).startswith(b"\x7fELF")
+    for kind in kernel.KINDS:
+        assert made.compile(kernel.SOURCE, compiler.options(kernel.definitions(kind))).startswith(b"\x7fELF")
 
 
 def test_a_cpu_loads_nothing_of_it() -> None:

@@ -1,10 +1,11 @@
-// Attention of up to eight query rows over one span of one kv head's rows of 4-bit codes (kv4 of formats/lm.py).
+// Attention of up to eight query rows over spans of one kv head's rows: values of 4 bits (kv4 of formats/lm.py), keys of
+// 4 bits likewise or of 8 (int8).
 //
 // Four warps take the pages of a span in turn. A page's codes go from memory to registers once, in the order in which
 // tensor cores want their first operand: keys as 16 tokens x 32 columns of bytes, values as 16 columns x 16 tokens of
 // halves. Query rows are the eight columns of both products, so a code is decoded once for all of them, and no number
 // passes through shared memory before the warps merge. Compiled for compute capability 9.0 with DIM of 64, 128 or 256,
-// and PAGE and SPAN, the tokens of a page and of a span.
+// KEY_BITS, and PAGE and SPAN, the tokens of a page and of a span.
 //
 // Lane = 4 r + c. Token 4 r + 2 t + u of a page is row r + 8 u of scores of tile t, whose columns are query rows 2 c
 // and 2 c + 1. Numbers count as columns in storage order: 2 j and 2 j + 1 are the low and the high nibble of byte j.
@@ -16,8 +17,8 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 constexpr int WARPS = 4;
-constexpr int ROW_BYTES = DIM / 2, HEAD_BYTES = PAGE * (ROW_BYTES + 2);
-constexpr int KEY_WORDS = DIM / 32, VALUE_WORDS = DIM / 64, QUERY_WORDS = DIM / 16, TILES = DIM / 16;
+constexpr int KEY_BYTES = DIM * KEY_BITS / 8, VALUE_BYTES = DIM / 2;
+constexpr int KEY_WORDS = KEY_BYTES / 16, VALUE_WORDS = DIM / 64, QUERY_WORDS = DIM / 16, TILES = DIM / 16;
 constexpr float LOWEST = -3.0e38f;         // as in kernels/triton/attention.py
 constexpr float SMALLEST = 5.9604645e-8f;  // 2^-24, of the scales that are not 0
 constexpr float UNITS = 32512;             // of a query's 1: 127 * 256
@@ -92,14 +93,20 @@ __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
   }
 }
 
-// Eight codes of one key to their levels, bytes in the order of their columns: codes are selectors of bytes, see
-// kernels/triton/codebook.py.
-__device__ __forceinline__ void decode_key(u32 codes, u32* out) {
+// The i-th eight codes of one key as numbers, bytes in the order of their columns. Codes of 8 bits are what they stand
+// for; codes of 4 bits are selectors of bytes, see kernels/triton/codebook.py.
+__device__ __forceinline__ void decode_key(const u32* row, int i, u32* out) {
+  if constexpr (KEY_BITS == 8) {
+    out[0] = row[2 * i];
+    out[1] = row[2 * i + 1];
+    return;
+  }
+  const u32 codes = row[i];
   u32 select = codes & 0x77777777u, half = ((codes >> 1) & 0x44444444u) | 0x32103210u;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int j = 0; j < 2; j++) {
     const u32 low = permuted(0xd0c2b198u, 0xfbf1e7dcu, select), high = permuted(0x24190f05u, 0x684f3e30u, select);
-    out[i] = permuted(low, high, half);
+    out[j] = permuted(low, high, half);
     select >>= 16;
     half >>= 16;
   }
@@ -131,7 +138,7 @@ struct Places {
 __device__ __forceinline__ void load_keys(Rows& rows, Places at, u32 page, u32 page_bytes) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    load<KEY_WORDS>(rows.keys[i / 2][i % 2], at.codes + (u64)page * page_bytes + i * ROW_BYTES);
+    load<KEY_WORDS>(rows.keys[i / 2][i % 2], at.codes + (u64)page * page_bytes + i * KEY_BYTES);
   load<2>(rows.key_scales, at.scales + (u64)page * page_bytes);
 }
 
@@ -142,7 +149,7 @@ __device__ __forceinline__ void load_values(Rows& rows, Places at, u32 page, u32
 #pragma unroll
     for (int i = 0; i < 4; i++)
       load<VALUE_WORDS>(rows.values[t][i],
-                        at.codes + (u64)page * page_bytes + (4 * (i % 2) + 2 * t + i / 2) * ROW_BYTES);
+                        at.codes + (u64)page * page_bytes + (4 * (i % 2) + 2 * t + i / 2) * VALUE_BYTES);
   load<2>(rows.value_scales, at.scales + (u64)page * page_bytes);
 }
 
@@ -161,10 +168,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
   const int start = (int)position[row], added = (int)count[row];
   if (added == 0 || (int)blockIdx.z * each * SPAN >= start + added) return;
 
-  keys += (i64)head * HEAD_BYTES;
-  values += (i64)head * HEAD_BYTES;
-  Places key_places = {keys + 4 * r * ROW_BYTES + 4 * KEY_WORDS * c, keys + PAGE * ROW_BYTES + 8 * r};
-  Places value_places = {values + 8 * c * ROW_BYTES + 4 * VALUE_WORDS * r, values + PAGE * ROW_BYTES + 8 * r};
+  keys += (i64)head * PAGE * (KEY_BYTES + 2);
+  values += (i64)head * PAGE * (VALUE_BYTES + 2);
+  Places key_places = {keys + 4 * r * KEY_BYTES + 4 * KEY_WORDS * c, keys + PAGE * KEY_BYTES + 8 * r};
+  Places value_places = {values + 8 * c * VALUE_BYTES + 4 * VALUE_WORDS * r, values + PAGE * VALUE_BYTES + 8 * r};
   // Kept in registers, not computed again for each page.
   asm volatile("" : "+l"(key_places.codes), "+l"(key_places.scales));
   asm volatile("" : "+l"(value_places.codes), "+l"(value_places.scales));
@@ -237,10 +244,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
       for (int t = 0; t < 2; t++) {
         int upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < KEY_WORDS; i++) {
+        for (int i = 0; i < QUERY_WORDS / 2; i++) {
           u32 a[2], b[2];
-          decode_key(rows.keys[t][0][i], a);
-          decode_key(rows.keys[t][1][i], b);
+          decode_key(rows.keys[t][0], i, a);
+          decode_key(rows.keys[t][1], i, b);
           multiply_high(upper, a[0], b[0], a[1], b[1], high[2 * i], high[2 * i + 1]);
           multiply_low(lower, a[0], b[0], a[1], b[1], low_bytes[2 * i], low_bytes[2 * i + 1]);
         }

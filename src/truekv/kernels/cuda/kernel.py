@@ -1,4 +1,4 @@
-"""The kernel of attend.cu for one head size: compiled, loaded, and tried on the device before it is trusted."""
+"""The kernel of attend.cu for keys of one kind: compiled, loaded, and tried on the device before it is trusted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from truekv.kernels.cuda.driver import Argument
 
 SOURCE: Final = Path(__file__).parent / "attend.cu"
-DIMS: Final = (64, 128, 256)
-"""Head sizes; what the kernel is compiled for, one by one."""
 QUERIES: Final = 8
 """Query rows of one kv head, at most."""
 PAGE_TOKENS: Final = 32
@@ -30,7 +28,20 @@ BOUND: Final = 5e-4
 """Of the error on a device, relative to the largest number: weights are halves, of 11 bits."""
 _FACTOR: Final = 8.0
 _UNITS: Final = 32512.0
+_BITS: Final = {"kv4": 4, "int8": 8}
 _LOWEST: Final = -3.0e38
+
+
+class Kind(NamedTuple):
+    """What the kernel is compiled for; values are kv4."""
+
+    keys: str
+    """Their code: kv4 or int8."""
+    dim: int
+
+
+KINDS: Final = (Kind("kv4", 64), Kind("kv4", 128), Kind("kv4", 256), Kind("int8", 64), Kind("int8", 128))
+"""With int8 keys of 256 numbers the compiler runs out of registers."""
 
 
 class Launchable(Protocol):
@@ -41,15 +52,15 @@ class Launchable(Protocol):
         ...
 
 
-def definitions(dim: int) -> dict[str, int]:
+def definitions(kind: Kind) -> dict[str, int]:
     """Return what the source leaves open."""
-    return {"DIM": dim, "PAGE": PAGE_TOKENS, "SPAN": SPAN}
+    return {"DIM": kind.dim, "KEY_BITS": _BITS[kind.keys], "PAGE": PAGE_TOKENS, "SPAN": SPAN}
 
 
 @functools.cache
-def load(dim: int, device: torch.device) -> Launchable:
-    """Return the kernel of a head size on a device; Refused where it does not compile or load."""
-    return Function(compiled(SOURCE, definitions(dim)), "attend", device)
+def load(kind: Kind, device: torch.device) -> Launchable:
+    """Return the kernel of a kind on a device; Refused where it does not compile or load."""
+    return Function(compiled(SOURCE, definitions(kind)), "attend", device)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -58,31 +69,33 @@ def runs_on(device: torch.device) -> bool:
 
 
 @functools.cache
-def problem(dim: int, device: torch.device) -> str | None:
-    """Return why the kernel of a head size cannot be used on a device, or None: it is compiled and tried."""
+def problem(kind: Kind, device: torch.device) -> str | None:
+    """Return why the kernel of a kind cannot be used on a device, or None: it is compiled and tried."""
     if not runs_on(device):
         return "the CUDA kernels run on CUDA devices of compute capability 9.0"
     try:
-        off = error(dim, device)
+        off = error(kind, device)
     except Refused as reason:
         return str(reason)
     if not off <= BOUND:
-        return f"the CUDA kernel for heads of {dim} is off by {off:.1e} of the largest number on this device"
+        return (
+            f"the CUDA kernel for heads of {kind.dim} and {kind.keys} keys is off by {off:.1e} of the largest number on "
+            "this device"
+        )
     return None
 
 
-def error(dim: int, device: torch.device) -> float:
+def error(kind: Kind, device: torch.device) -> float:
     """Return the kernel's largest error on a small step of random rows, relative to the largest number.
 
     Two sequences, of two spans and of two pages; two kv heads, two query heads each.
     """
-    run = load(dim, device)
+    run, dim = load(kind, device), kind.dim
     make = torch.Generator().manual_seed(0)
     lengths, counts, heads, group, width = (600, 33), (2, 1), 2, 2, 19
     pages = torch.randperm(2 * width, generator=make).view(2, width)
-    codes = torch.randint(0, 256, (2, 2 * width, heads, PAGE_TOKENS * dim // 2), dtype=torch.uint8, generator=make)
-    scales = torch.rand(2, 2 * width, heads, PAGE_TOKENS, generator=make).half() / 40
-    data = torch.cat([codes, scales.view(torch.uint8)], -1).to(device)
+    sides = [_random(code, dim, (2 * width, heads), make) for code in (kind.keys, "kv4")]
+    data = [codes.to(device) for codes, _ in sides]
     query = torch.randn(sum(counts), heads * group, dim, generator=make)
     # Numbers that the kernel takes as they are: only weights are rounded.
     query = (torch.nn.functional.normalize(query, dim=-1) * _UNITS).round() / _UNITS
@@ -111,7 +124,7 @@ def error(dim: int, device: torch.device) -> float:
     )
     share = torch.exp2(largest - largest.amax(0)) * (largest > _LOWEST)
     got = ((average * share[..., None]).sum(0) / (total * share).sum(0)[..., None]).double().cpu()
-    k, v = _decoded(codes, scales, dim)
+    k, v = (rows for _, rows in sides)
     off, size = 0.0, 0.0
     for row, token in ((0, 0), (0, 1), (1, 2)):
         seen = int(position[row]) + 1 + (token == 1)
@@ -125,8 +138,14 @@ def error(dim: int, device: torch.device) -> float:
     return off / size
 
 
-def _decoded(codes: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return rows [.., lines, dim] in storage order: the codes of a byte side by side."""
-    lines = codes.view(*codes.shape[:-1], PAGE_TOKENS, dim // 2)
-    each = torch.stack([lines & 15, lines >> 4], -1).flatten(-2)
-    return torch.tensor(LEVELS["kv4"], dtype=torch.float64)[each.long()] * scales.double()[..., None]
+def _random(code: str, dim: int, shape: tuple[int, int], make: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pages of random codes and scales as bytes, and their rows [*shape, lines, dim] in storage order."""
+    width = dim * _BITS[code] // 8
+    codes = torch.randint(0, 256, (*shape, PAGE_TOKENS, width), dtype=torch.uint8, generator=make)
+    scales = torch.rand(*shape, PAGE_TOKENS, generator=make).half() / 40
+    if code == "int8":
+        rows = codes.view(torch.int8).double()
+    else:
+        each = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        rows = torch.tensor(LEVELS[code], dtype=torch.float64)[each.long()]
+    return torch.cat([codes.flatten(-2), scales.view(torch.uint8)], -1), rows * scales.double()[..., None]

@@ -10,9 +10,8 @@ import ctypes
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.lazy import torch
-from truekv.kernels.cuda.kernel import DIMS, PAGE_TOKENS, QUERIES, load
+from truekv.kernels.cuda.kernel import KINDS, PAGE_TOKENS, QUERIES, Kind, load
 from truekv.kernels.triton import paged as triton
-from truekv.kernels.triton.layout import layout
 from truekv.kernels.triton.tiles import SPAN
 
 if TYPE_CHECKING:
@@ -20,9 +19,10 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.protocols import CacheFormat, Stored
-    from truekv.core.spec import Paged
+    from truekv.core.spec import Field, Paged
 
-_CODES: Final = frozenset({"kv4", "turboquant_4bit"})
+_CODES: Final = {"kv4": "kv4", "turboquant_4bit": "kv4", "int8": "int8"}
+"""By format: those that are stored alike are one code."""
 _MANY: Final = 8192
 _ROLES: Final = ["key", "value"]
 
@@ -30,14 +30,9 @@ refusal = triton.refusal
 store = triton.store
 
 
-def takes(layer: Paged, formats: Seq[CacheFormat]) -> bool:
-    """Return whether decode and verify steps of a layer run in CUDA C++."""
-    return (
-        [item.role for item in layer.fields] == _ROLES
-        and {chosen.name for chosen in formats} <= _CODES
-        and len({item.dim for item in layer.fields}) == 1
-        and layer.fields[0].dim in DIMS
-    )
+def taken(layer: Paged, formats: Seq[CacheFormat]) -> Kind | None:
+    """Return the kind of kernel that runs decode and verify steps of a layer in CUDA C++, or None."""
+    return _kind(layer.fields, formats)
 
 
 def attend(
@@ -46,7 +41,9 @@ def attend(
     """Causal attention of the step's queries over stored rows; see kernels/reference/paged.py."""
     heads, (batch, longest) = fields[0].field.heads, step.gather.shape
     (tokens, query_heads, dim), group = queries[0].shape, queries[0].shape[1] // heads
-    if not (_taken(fields) and tokens and group * longest <= QUERIES and scale > 0):
+    kind = _kind([item.field for item in fields], [item.format for item in fields])
+    paged_alike = all(item.page_tokens == PAGE_TOKENS for item in fields)
+    if not (kind and paged_alike and tokens and group * longest <= QUERIES and scale > 0):
         return triton.attend(queries, fields, scale, window, step)
     key, value = fields
     row_k, row_v = triton.aligned(key), triton.aligned(value)
@@ -57,7 +54,7 @@ def attend(
     average = torch.empty(spans, tokens, query_heads, dim, device=framed.device)
     largest = torch.empty(spans, tokens, query_heads, device=framed.device)
     total = torch.empty_like(largest)
-    load(dim, framed.device).launch(
+    load(kind, framed.device).launch(
         (heads, batch, -(-spans // each)),
         (
             key.data[:, key.start :],
@@ -89,10 +86,9 @@ def spans_of_a_block(spans: int) -> int:
     return 4 if spans >= _MANY else 2 if spans >= _MANY // 2 else 1
 
 
-def _taken(fields: tuple[Stored, ...]) -> bool:
-    return (
-        [item.field.role for item in fields] == _ROLES
-        and all(layout(item).code == "kv4" and item.page_tokens == PAGE_TOKENS for item in fields)
-        and fields[0].field.dim == fields[1].field.dim
-        and fields[0].field.dim in DIMS
-    )
+def _kind(fields: Seq[Field], formats: Seq[CacheFormat]) -> Kind | None:
+    if [item.role for item in fields] != _ROLES or fields[0].dim != fields[1].dim:
+        return None
+    keys, values = (_CODES.get(chosen.name.removesuffix("+hadamard"), "") for chosen in formats)
+    kind = Kind(keys, fields[0].dim)
+    return kind if values == "kv4" and kind in KINDS else None
