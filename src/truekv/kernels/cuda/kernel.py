@@ -79,8 +79,8 @@ def problem(kind: Kind, device: torch.device) -> str | None:
         return str(reason)
     if not off <= BOUND:
         return (
-            f"the CUDA kernel for heads of {kind.dim} and {kind.keys} keys is off by {off:.1e} of the largest number on "
-            "this device"
+            f"the CUDA kernel for heads of {kind.dim} and {kind.keys} keys is off by {off:.1e} of the largest number "
+            "on this device"
         )
     return None
 
