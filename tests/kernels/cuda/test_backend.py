@@ -53,7 +53,8 @@ def test_4_bit_rows_of_a_hopper_are_attended_to_in_cuda_once_the_kernel_has_pass
     assert kernels.backend == "cuda"
     assert kernels.paged.__name__.endswith("cuda.paged")  # type: ignore[attr-defined]
     assert emulated.launches == 1
-    assert dict(kernels.describe()) == {
+    rows = {name: backend for name, backend in kernels.describe() if not name.startswith("sample")}
+    assert rows == {
         "store k=kv4 2x128": "triton",
         "store v=kv4 2x128": "triton",
         "attend k=kv4 2x128, v=kv4 2x128": "cuda",
