@@ -117,6 +117,9 @@ class Launch:
         self.shared = np.full((blocks, program.shared_bytes), 0xFF, np.uint8)
         # The warp that wrote each byte, and after how many barriers of its block; -1 for bytes that nobody wrote.
         self.writer, self.epoch = (np.full(self.shared.shape, -1, np.int64) for _ in range(2))
+        # The first and the last warp that read it since, and after how many barriers.
+        self.readers = np.full((2, *self.shared.shape), -1, np.int64)
+        self.read = np.full(self.shared.shape, -1, np.int64)
         self.barriers = np.zeros(blocks, np.int64)
         if len(arguments) != len(program.parameters):
             raise Wrong(f"{len(arguments)} arguments for {len(program.parameters)} parameters")
@@ -408,10 +411,20 @@ class Launch:
         other = writer != self.warp[mask][:, None]
         if (other & (epoch == self.barriers[block])).any():
             raise Wrong("shared memory is read that another warp wrote since the last barrier")
+        block, warp = (np.broadcast_to(item, at.shape) for item in (block, self.warp[mask][:, None]))
+        now = self.barriers[block]
+        anew = self.read[block, at] != now
+        self.readers[:, block[anew], at[anew]] = warp[anew]
+        self.read[block, at] = now
+        np.minimum.at(self.readers[0], (block, at), warp)
+        np.maximum.at(self.readers[1], (block, at), warp)
         return self.shared[block, at]
 
     def _write_shared(self, address: Array, data: Array, mask: Array) -> None:
         block, at = self._in_shared(address, data.shape[1], mask)
+        others = (self.readers[:, block, at] != self.warp[mask][:, None]).any(0)
+        if (others & (self.read[block, at] == self.barriers[block])).any():
+            raise Wrong("shared memory is written that another warp read since the last barrier")
         self.shared[block, at] = data
         self.writer[block, at] = self.warp[mask][:, None]
         self.epoch[block, at] = self.barriers[block]

@@ -28,6 +28,9 @@ HEAD = """
 """
 
 
+EXCHANGE = "st.shared.u32 [%r4], %r9; bar.sync 0; xor.b32 %r6, %r4, 128; ld.shared.u32 %r9, [%r6];"
+
+
 def run(body: str, numbers: torch.Tensor | None = None) -> torch.Tensor:
     """64 threads with a number each; %r9 is written back."""
     out = torch.arange(64, dtype=torch.int32) if numbers is None else numbers
@@ -99,6 +102,10 @@ def test_tensor_cores_cut_what_lies_below_the_largest_number() -> None:
         ("ld.shared.u32 %r9, [%r4];", "that nobody wrote"),
         ("ld.shared.u32 %r9, [%r4+256];", "outside of shared memory"),
         ("st.shared.u32 [%r4], %r9; xor.b32 %r6, %r4, 128; ld.shared.u32 %r9, [%r6];", "since the last barrier"),
+        (
+            f"{EXCHANGE} st.shared.u32 [%r4], %r9;",
+            "that another warp read since the last barrier",
+        ),
         ("ld.global.nc.u32 %r9, [%rd3+4];", "outside of every tensor"),
         ("ld.global.nc.v2.u32 {%r9, %r8}, [%rd3];", "no multiples of 8"),
         ("setp.lt.u32 %p2, %r1, 32; @%p2 bra $L__end; bar.sync 0;", "wait for others that have returned"),
@@ -110,5 +117,4 @@ def test_what_no_device_would_do_is_refused(body: str, sentence: str) -> None:
 
 
 def test_a_barrier_lets_warps_read_what_others_wrote() -> None:
-    body = "st.shared.u32 [%r4], %r9; bar.sync 0; xor.b32 %r6, %r4, 128; ld.shared.u32 %r9, [%r6];"
-    assert run(body).tolist() == [place ^ 32 for place in range(64)]
+    assert run(EXCHANGE).tolist() == [place ^ 32 for place in range(64)]
