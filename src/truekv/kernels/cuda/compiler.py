@@ -158,5 +158,4 @@ def _nvrtc_paths() -> list[str]:
     """Return where packages put it: nvidia/cuda_nvrtc/lib, or nvidia/cu13/lib."""
     package: Any = importlib.util.find_spec("nvidia")
     roots = package.submodule_search_locations or () if package else ()
-    found = (path for root in roots for path in sorted(Path(root).glob("*/lib/libnvrtc.so.*")))
-    return [str(path) for path in found if "alt" not in path.name]
+    return [str(path) for root in roots for path in sorted(Path(root).glob("*/lib/libnvrtc.so.*"))]
