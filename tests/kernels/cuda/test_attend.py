@@ -192,6 +192,18 @@ def test_a_row_does_not_depend_on_its_companions_or_the_width_of_the_table(emula
     assert emulated.launches == 5
 
 
+def test_a_token_in_a_chunk_has_the_bits_that_it_has_alone(emulated: Emulated) -> None:
+    """Tokens at positions 362 to 364, of which only the first sees the last line of the second page."""
+    cache = fill(gqa(1, 64, 300), formats("kv4", "kv4"), [365], measured=True)
+    step = cache.step([3])
+    queries = cache.queries(step, 2)
+    together = run(cache, step, queries)
+    for place in range(3):
+        alone = cache.shortened([363 + place]).step([1])
+        assert torch.equal(run(cache, alone, (queries[0][place : place + 1],))[0], together[place])
+    assert emulated.launches == 4
+
+
 def test_a_block_of_several_spans_makes_the_same_bits(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     for window in (None, SPAN + 50):
         cache = fill(gqa(1, 64, window), formats("kv4", "kv4"), [3 * SPAN + 90, 530, 3], measured=True)
