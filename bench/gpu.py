@@ -104,7 +104,9 @@ SHAPES: Final = (
 )
 
 
-def attention(ceiling: Ceiling, name: str, heads: int, layer: Paged, kv: str, batch: int = 64) -> Row:
+def attention(
+    ceiling: Ceiling, name: str, heads: int, layer: Paged, kv: str, batch: int = 64, backend: str = "auto"
+) -> Row:
     """Attend with one new token of each of `batch` sequences, as deep as makes a launch large enough."""
     memory, spec = _memory(layer, kv)
     per_token = sum(
@@ -112,7 +114,7 @@ def attention(ceiling: Ceiling, name: str, heads: int, layer: Paged, kv: str, ba
     )
     pages = max(16, -(-LEAST // (batch * per_token * PAGE_TOKENS)) + 1)
     planned = plan(spec, [memory], max_model_len=pages * PAGE_TOKENS, max_num_seqs=batch, dtype="bfloat16")
-    arena = Arena(spec, planned, select(spec, [memory], device="cuda"), check_finite=False, device="cuda")
+    arena = Arena(spec, planned, select(spec, [memory], (), backend, "cuda"), check_finite=False, device="cuda")
     (held,) = arena.layers
     assert isinstance(held, PagedLayer)
     _fill(arena, held)
@@ -127,7 +129,7 @@ def attention(ceiling: Ceiling, name: str, heads: int, layer: Paged, kv: str, ba
     queries = tuple(torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16) for dim in dims)
     moved = batch * pages * PAGE_TOKENS * per_token
     return ceiling.row(
-        f"attention {name}, {kv}, {batch} x {pages * PAGE_TOKENS}",
+        f"attention {name}, {kv} in {arena.kernels.backend}, {batch} x {pages * PAGE_TOKENS}",
         moved,
         lambda: arena.kernels.attend(queries, held.stored, 0.1, None, step),
     )
@@ -280,6 +282,8 @@ def main() -> int:
     rows: list[Row] = []
     for name, heads, layer, formats in SHAPES:
         rows += [attention(ceiling, name, heads, layer, kv) for kv in formats]
+    # Beside what auto takes on devices that have kernels in CUDA C++ for such rows.
+    rows += [attention(ceiling, name, heads, layer, "kv4", backend="triton") for name, heads, layer, _ in SHAPES[:2]]
     rows += [sdpa(ceiling), *(scan(ceiling, rule, batch) for rule in ("gdn", "mamba2") for batch in (64, 256))]
     decoded = [
         decode(name, kv, batch, capture)

@@ -10,7 +10,7 @@ import pkgutil
 from collections import Counter
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 
 from truekv.core.errors import Refused
 from truekv.core.folder import choose, members
@@ -21,17 +21,23 @@ from truekv.kernels.native.library import library
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Sequence as Seq
+    from types import ModuleType
 
     from truekv.core.batch import Step
     from truekv.core.ops import Ops
     from truekv.core.protocols import CacheFormat, ScanKernel, Stored
     from truekv.core.sampling import Draw, Sampling
     from truekv.core.spec import LayerSpec, ModelSpec
+    from truekv.kernels.cuda.kernel import Kind
 
 Formats = tuple["CacheFormat", ...]
+Layers: TypeAlias = "Seq[tuple[LayerSpec, Formats | None]]"
 TRITON: Final = "triton"
+CUDA: Final = "cuda"
 NATIVE: Final = "native"
 REFERENCE: Final = "reference"
+_BASES: Final = {CUDA: TRITON}
+"""Backends that run what they have no kernel for in another."""
 _NOT_BUILT: Final = "no native library was built: install truekv again where there is a C++ compiler"
 
 
@@ -139,25 +145,31 @@ def select(
     `formats` holds one tuple per layer of `spec.layers`, with one format per field of a paged
     layer and none otherwise; `draft_formats` likewise for `spec.draft_layers`, or nothing.
     `backend` names a folder beside this file, or is auto: triton on a CUDA device and native on the
-    CPU, where it is there and refuses no layer, else reference. A rule that the backend has no scan
-    for runs in the reference.
+    CPU, where it is there and refuses no layer, else reference; and in front of triton cuda, where
+    it has a kernel for a layer and the device. A rule that the backend has no scan for runs in the
+    reference.
     """
     layers = list(zip(spec.layers, formats, strict=True))
     if draft_formats:
         layers += zip(spec.draft_layers, draft_formats, strict=True)
-    kind = torch.device(device).type
-    chosen = _fastest(layers, kind) if backend == "auto" else choose("kernel backend", backend, _backends())
+    place = torch.device(device)
+    kind = place.type
+    chosen = _fastest(layers, place) if backend == "auto" else choose("kernel backend", backend, _backends())
     if reason := _missing(chosen, kind):
         raise Refused(f"{reason}, or use the reference backend")
-    paged = _paged(chosen)
-    scans = {rule: (name, kernel) for name in (REFERENCE, chosen) for rule, kernel in _scans(name).items()}
+    if chosen == CUDA and (reason := _untrusted(layers, place)):
+        raise Refused(f"{reason}; use the triton backend")
+    paged, base = _paged(chosen), _BASES.get(chosen, chosen)
+    scans = {rule: (name, kernel) for name in (REFERENCE, base) for rule, kernel in _scans(name).items()}
     rows: dict[str, str] = {}
     for index, (layer, names) in enumerate(layers):
         where = f"layer {index} of {spec.family}"
         if isinstance(layer, Paged):
             if reason := _refusal(chosen, layer, names or ()):
                 raise Refused(f"{where}: {reason}")
-            rows |= dict.fromkeys(_paged_operations(layer, names or ()), chosen)
+            *stores, attend = _paged_operations(layer, names or ())
+            rows |= dict.fromkeys(stores, base)
+            rows[attend] = chosen if chosen == base or _in_cuda([(layer, names)]) else base
         elif isinstance(layer, Recurrent):
             if layer.rule not in scans:
                 raise Refused(
@@ -169,12 +181,12 @@ def select(
     kernels = MappingProxyType({rule: kernel for rule, (_, kernel) in scans.items()})
     sampler = _sampler(chosen)
     rows[f"sample vocab={spec.vocab_size}"] = sampler
-    return Kernels(chosen, paged, kernels, _ops(chosen), _sampling(sampler), tuple(rows.items()))
+    return Kernels(chosen, paged, kernels, _ops(base), _sampling(sampler), tuple(rows.items()))
 
 
 def fastest_ops(device: torch.device | str = "cpu") -> Ops:
     """Return the operations of a device's fastest backend that is there, for a pass that stores rows as they are."""
-    return _ops(_fastest((), torch.device(device).type))
+    return _ops(_fastest((), torch.device(device)))
 
 
 def fastest_sampling() -> Sampling:
@@ -182,17 +194,40 @@ def fastest_sampling() -> Sampling:
     return _sampling(_sampler(NATIVE))
 
 
-def _fastest(layers: Seq[tuple[LayerSpec, Formats | None]], device: str) -> str:
-    """Return the fast backend of a kind of device if it can run every paged layer, else the reference."""
-    fast = TRITON if device == "cuda" else NATIVE
-    reason = _missing(fast, device)
+def _fastest(layers: Layers, device: torch.device) -> str:
+    """Return the fast backend of a device if it can run every paged layer, else the reference."""
+    fast = TRITON if device.type == "cuda" else NATIVE
+    reason = _missing(fast, device.type)
     if reason is None:
         reasons = (_refusal(fast, layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
         reason = next((text for text in reasons if text), None)
-    if reason is None:
-        return fast
-    _say_slow(reason)
-    return REFERENCE
+    if reason is not None:
+        _say_slow(reason)
+        return REFERENCE
+    if fast == TRITON and _in_cuda(layers) and _cuda().runs_on(device):
+        reason = _untrusted(layers, device)
+        if reason is None:
+            return CUDA
+        _say_triton(reason)
+    return fast
+
+
+def _in_cuda(layers: Layers) -> list[Kind]:
+    """Return the kinds of kernels in CUDA C++ that attend to some of the layers."""
+    from truekv.kernels.cuda.paged import taken
+
+    kinds = (taken(layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
+    return [kind for kind in kinds if kind]
+
+
+def _untrusted(layers: Layers, device: torch.device) -> str | None:
+    """Return why the kernels that these layers take are not used on a device, or None: they are tried there."""
+    reasons = (_cuda().problem(kind, device) for kind in _in_cuda(layers))
+    return next((text for text in reasons if text), None)
+
+
+def _cuda() -> ModuleType:
+    return importlib.import_module(f"{__package__}.{CUDA}.kernel")
 
 
 def _missing(backend: str, device: str) -> str | None:
@@ -201,9 +236,11 @@ def _missing(backend: str, device: str) -> str | None:
         return "the native kernels run on the CPU alone: use device cpu or the triton backend"
     if backend == NATIVE and library() is None:
         return _NOT_BUILT
+    if backend == CUDA and device != "cuda":
+        return "the cuda kernels run on a CUDA device: use the native backend"
     if backend == TRITON and device == "cpu" and not _interpreted():
         return "the triton kernels run on a CUDA device, not on the CPU: use the native backend"
-    if backend == TRITON and importlib.util.find_spec("triton") is None:
+    if backend in {TRITON, CUDA} and importlib.util.find_spec("triton") is None:
         return "triton is not installed: install it"
     return None
 
@@ -215,6 +252,11 @@ def _interpreted() -> bool:
 @functools.cache
 def _say_slow(reason: str) -> None:
     logging.getLogger("truekv").warning("the reference kernels run, which are 50-100x slower, because %s", reason)
+
+
+@functools.cache
+def _say_triton(reason: str) -> None:
+    logging.getLogger("truekv").warning("4-bit rows are attended to in Triton, which takes longer, because %s", reason)
 
 
 def _paged(backend: str) -> PagedKernels:

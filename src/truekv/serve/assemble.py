@@ -13,7 +13,7 @@ from truekv.core.device import choose_device
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
-from truekv.kernels.table import NATIVE, TRITON
+from truekv.kernels.table import CUDA, NATIVE, TRITON
 
 if TYPE_CHECKING:
     from truekv.core.batch import Step
@@ -170,8 +170,8 @@ def captures(options: EngineOptions, kernels: Kernels, device: torch.device) -> 
     """Whether small steps are recorded and replayed: docs/decisions/capture.md says where that pays."""
     if options.capture == "on" and kernels.backend == TRITON and device.type == "cpu":
         raise Refused("kernels in Triton's interpreter cannot be captured; turn capture off, or use a CUDA device")
-    fastest = TRITON if device.type == "cuda" else NATIVE
-    return options.capture == "on" or (options.capture == "auto" and kernels.backend == fastest)
+    fast = {TRITON, CUDA} if device.type == "cuda" else {NATIVE}
+    return options.capture == "on" or (options.capture == "auto" and kernels.backend in fast)
 
 
 def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) -> Drafter | None:

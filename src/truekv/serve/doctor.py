@@ -48,7 +48,7 @@ class KernelRow:
     """Formats, heads and dims."""
     backend: str
     instruction_set: str
-    """triton, or torch, if the operation is not native."""
+    """triton, or torch, if the operation is neither native nor in CUDA C++."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _library() -> LibraryReport:
 
 def _row(described: str, backend: str, chosen: str | None) -> KernelRow:
     operation, _, on = described.partition(" ")
-    by = {"native": chosen, "triton": "triton"}.get(backend) or "torch"
+    by = {"native": chosen, "triton": "triton", "cuda": "sm_90a"}.get(backend) or "torch"
     return KernelRow(operation, on, backend, by)
 
 

@@ -77,7 +77,7 @@ Backend = Annotated[
     typer.Option(
         "--kernel-backend",
         metavar="NAME",
-        help="auto, triton, native or reference; auto is the fastest of the device.",
+        help="auto, cuda, triton, native or reference; auto is the fastest of the device.",
         rich_help_panel="Engine",
     ),
 ]

@@ -51,7 +51,7 @@ def store(stored: Stored, rows_TKD: torch.Tensor, step: Step) -> None:
     if not tokens:
         return
     rows_TKD = _readable(rows_TKD)
-    row, frame = _aligned(stored), stored.frame
+    row, frame = aligned(stored), stored.frame
     broken = None if is_recording() else torch.zeros(1, dtype=torch.int32, device=rows_TKD.device)
     tile = 32 if INTERPRETED else 1
     store_kernel[(triton.cdiv(tokens * heads, tile),)](
@@ -86,13 +86,14 @@ def attend(
     """Causal attention of the step's queries over stored rows; see kernels/reference/paged.py."""
     scored = [item for item in fields if item.field.role in {"key", "both"}]
     value = next(item for item in fields if item.field.role in {"value", "both"})
-    layouts_of = [_aligned(item) for item in scored]
-    row_v = _aligned(value)
+    layouts_of = [aligned(item) for item in scored]
+    row_v = aligned(value)
     heads, tokens, query_heads = value.field.heads, queries[0].shape[0], queries[0].shape[1]
     group, device = query_heads // heads, queries[0].device
     batch, longest = step.gather.shape
     framed = [
-        _into_frame(query, item, row, scale) for query, item, row in zip(queries, scored, layouts_of, strict=True)
+        into_frame(query, item, row, scale, torch_operand(row))
+        for query, item, row in zip(queries, scored, layouts_of, strict=True)
     ]
     options = attend_options((*layouts_of, row_v), group * longest)
     tiles = triton.cdiv(group * longest, options.queries)
@@ -143,15 +144,17 @@ def attend(
         num_warps=options.warps,
         num_stages=options.stages,
     )
-    return _merge(value, row_v, (average, largest, total), span, window, queries[0].dtype, step)
+    return merge(value, row_v, (average, largest, total), span, window, queries[0].dtype, step)
 
 
-def _into_frame(query: torch.Tensor, item: Stored, row: Row, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def into_frame(
+    query: torch.Tensor, item: Stored, row: Row, scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return queries [T, H, columns] as a field's keys meet them, and what multiplies the scores of each [T, H]."""
     query = _readable(query)
     tokens, heads, dim = query.shape
     frame, kv_heads = item.frame, item.field.heads
-    framed = torch.empty(tokens, heads, row.columns, dtype=torch_operand(row), device=query.device)
+    framed = torch.empty(tokens, heads, row.columns, dtype=dtype, device=query.device)
     factor = torch.empty(tokens, heads, device=query.device)
     if tokens:
         query_kernel[(triton.cdiv(tokens * heads, 16),)](
@@ -175,7 +178,7 @@ def _into_frame(query: torch.Tensor, item: Stored, row: Row, scale: float) -> tu
     return framed, factor
 
 
-def _merge(
+def merge(
     value: Stored,
     row: Row,
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -230,7 +233,7 @@ def _readable(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _aligned(stored: Stored) -> Row:
+def aligned(stored: Stored) -> Row:
     """Return the layout of a field, whose addresses must be as kernels are compiled for."""
     row = layout(stored)
     data = stored.data

@@ -1,0 +1,392 @@
+// Attention of up to eight query rows over spans of one kv head's rows: values of 4 bits (kv4 of formats/lm.py), keys of
+// 4 bits likewise or of 8 (int8).
+//
+// Four warps take the pages of a span in turn. A page's codes go from memory to registers once, in the order in which
+// tensor cores want their first operand: keys as 16 tokens x 32 columns of bytes, values as 16 columns x 16 tokens of
+// halves. Query rows are the eight columns of both products, so a code is decoded once for all of them, and no number
+// passes through shared memory before the warps merge. Compiled for compute capability 9.0 with DIM of 64, 128 or 256,
+// KEY_BITS, and PAGE and SPAN, the tokens of a page and of a span.
+//
+// Lane = 4 r + c. Token 4 r + 2 t + u of a page is row r + 8 u of scores of tile t, whose columns are query rows 2 c
+// and 2 c + 1. Numbers count as columns in storage order: 2 j and 2 j + 1 are the low and the high nibble of byte j.
+// Nothing but PTX is included, so NVRTC needs no headers.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+typedef unsigned long long u64;
+
+constexpr int WARPS = 4;
+constexpr int KEY_BYTES = DIM * KEY_BITS / 8, VALUE_BYTES = DIM / 2;
+constexpr int KEY_WORDS = KEY_BYTES / 16, VALUE_WORDS = DIM / 64, QUERY_WORDS = DIM / 16, TILES = DIM / 16;
+constexpr float LOWEST = -3.0e38f;         // as in kernels/triton/attention.py
+constexpr float SMALLEST = 5.9604645e-8f;  // 2^-24, of the scales that are not 0
+constexpr float UNITS = 32512;             // of a query's 1: 127 * 256
+constexpr u32 ALL = 0xffffffffu;
+constexpr u32 CONSTANTS = 0xe6006600u;  // 1536 and -1536
+
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ u32 permuted(u32 a, u32 b, u32 selectors) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selectors));
+  return d;
+}
+__device__ __forceinline__ u32 fused(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ float power(float x) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+__device__ __forceinline__ float logarithm(float x) {
+  float d;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+__device__ __forceinline__ float wide(u32 half) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"((u16)half));
+  return d;
+}
+__device__ __forceinline__ u32 narrow(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ u32 transposed(u32 a) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Bytes times bytes: those of queries are signed or not.
+#define MULTIPLY_BYTES(name, type)                                                                              \
+  __device__ __forceinline__ void name(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                 \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8." type ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
+                 "{%8, %9}, {%0, %1, %2, %3};"                                                                  \
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                               \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                       \
+  }
+MULTIPLY_BYTES(multiply_high, "s8")
+MULTIPLY_BYTES(multiply_low, "u8")
+template <int WORDS>
+__device__ __forceinline__ void load(u32* d, const unsigned char* at) {
+  if constexpr (WORDS == 1) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(d[0]) : "l"(at));
+  } else if constexpr (WORDS == 2) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(at));
+  } else {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4)
+      asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(d[i]), "=r"(d[i + 1]), "=r"(d[i + 2]), "=r"(d[i + 3])
+                   : "l"(at + 4 * i));
+  }
+}
+
+// The i-th eight codes of one key as numbers, bytes in the order of their columns. Codes of 8 bits are what they stand
+// for; codes of 4 bits are selectors of bytes, see kernels/triton/codebook.py.
+__device__ __forceinline__ void decode_key(const u32* row, int i, u32* out) {
+  if constexpr (KEY_BITS == 8) {
+    out[0] = row[2 * i];
+    out[1] = row[2 * i + 1];
+    return;
+  }
+  const u32 codes = row[i];
+  u32 select = codes & 0x77777777u, half = ((codes >> 1) & 0x44444444u) | 0x32103210u;
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    const u32 low = permuted(0xd0c2b198u, 0xfbf1e7dcu, select), high = permuted(0x24190f05u, 0x684f3e30u, select);
+    out[j] = permuted(low, high, half);
+    select >>= 16;
+    half >>= 16;
+  }
+}
+
+// One code of each of two values, in bits 4-7 of both halves, to 1536 + level and -1536 + level, exactly: with
+// x = 0.2583 (code - 7.5), x ((x^2 + 0.0261)^2 + 39.19) is less than 0.44 from a level, and the constant leaves an
+// integer. Every second token has the other sign, so that what the constants add to a sum stays small; it is known from
+// a product of its own, and taken off in the end.
+__device__ __forceinline__ u32 decode_value(u32 codes) {
+  u32 shifted;  // 1024 + 16 code
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(shifted) : "r"(codes), "n"(0x00f000f0), "n"(0x64006400));
+  u32 x = fused(shifted, 0x24222422u, 0xcc9ecc9eu);
+  u32 square = fused(x, x, 0x26af26afu);
+  u32 slope = fused(square, square, 0x50e650e6u);
+  return fused(slope, x, CONSTANTS);
+}
+
+struct Rows {
+  u32 keys[2][2][KEY_WORDS], values[2][4][VALUE_WORDS], key_scales[2], value_scales[2];
+};
+
+// Where a lane reads in page 0.
+struct Places {
+  const unsigned char *codes, *scales;
+};
+
+// Token 4 r + 2 t + u of a page: row u of tile t.
+__device__ __forceinline__ void load_keys(Rows& rows, Places at, u32 page, u32 page_bytes) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    load<KEY_WORDS>(rows.keys[i / 2][i % 2], at.codes + (u64)page * page_bytes + i * KEY_BYTES);
+  load<2>(rows.key_scales, at.scales + (u64)page * page_bytes);
+}
+
+// Token 8 c + 4 i + 2 t + u of a page: number i of pair u of tile t.
+__device__ __forceinline__ void load_values(Rows& rows, Places at, u32 page, u32 page_bytes) {
+#pragma unroll
+  for (int t = 0; t < 2; t++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      load<VALUE_WORDS>(rows.values[t][i],
+                        at.codes + (u64)page * page_bytes + (4 * (i % 2) + 2 * t + i / 2) * VALUE_BYTES);
+  load<2>(rows.value_scales, at.scales + (u64)page * page_bytes);
+}
+
+// Arguments as of attend_kernel in kernels/triton/attention.py, queries in float32. Grid: (kv heads, batch rows,
+// spans / each): a block takes `each` spans, one after the other, and they come out as if each had a block.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
+    attend(const unsigned char* __restrict__ keys, const unsigned char* __restrict__ values,
+           const float* __restrict__ query, const float* __restrict__ factor, const i64* __restrict__ gather,
+           const i64* __restrict__ position, const i64* __restrict__ count, const i64* __restrict__ pages,
+           float* __restrict__ average, float* __restrict__ largest, float* __restrict__ total, u32 key_page_bytes,
+           u32 value_page_bytes, i64 tokens, int longest, int width, int window, int group, int each) {
+  __shared__ float tops[WARPS][8], sums[WARPS][8];
+  __shared__ __align__(16) float means[WARPS][8][DIM + 4];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const int head = blockIdx.x, row = blockIdx.y;
+  const int start = (int)position[row], added = (int)count[row];
+  if (added == 0 || (int)blockIdx.z * each * SPAN >= start + added) return;
+
+  keys += (i64)head * PAGE * (KEY_BYTES + 2);
+  values += (i64)head * PAGE * (VALUE_BYTES + 2);
+  Places key_places = {keys + 4 * r * KEY_BYTES + 4 * KEY_WORDS * c, keys + PAGE * KEY_BYTES + 8 * r};
+  Places value_places = {values + 8 * c * VALUE_BYTES + 4 * VALUE_WORDS * r, values + PAGE * VALUE_BYTES + 8 * r};
+  // Kept in registers, not computed again for each page.
+  asm volatile("" : "+l"(key_places.codes), "+l"(key_places.scales));
+  asm volatile("" : "+l"(value_places.codes), "+l"(value_places.scales));
+  // Pages are fewer than 2^31: half of each entry will do.
+  const u32* table = (const u32*)(pages + (i64)row * width);
+  // Query row n: head n % group of the kv head's, of token n / group; right for n and groups of up to 8. Rows beyond
+  // those of the last token are its rows again, and are not written.
+  const int reciprocal = 256 / group + 1, heads = gridDim.x;
+  auto token_of = [&](int n) { return n * reciprocal >> 8; };
+  auto place = [&](int n) {
+    const int token = token_of(n);
+    return (gather[(i64)row * longest + smaller(token, added - 1)] * heads + head) * group + n - token * group;
+  };
+  // Numbers of a query are no larger than 1: integers of 16 bits, whose upper and lower bytes meet keys one by one.
+  u32 high[QUERY_WORDS], low_bytes[QUERY_WORDS];
+  const unsigned char* numbers = (const unsigned char*)(query + place(r) * DIM + 4 * c * QUERY_WORDS);
+#pragma unroll
+  for (int i = 0; i < QUERY_WORDS; i++) {
+    u32 four[4];
+    load<4>(four, numbers + 16 * i);
+#pragma unroll
+    for (int j = 0; j < 4; j++) four[j] = __float_as_uint(fmaf(__uint_as_float(four[j]), UNITS, 12582912.0f));
+    const u32 a = permuted(four[0], four[1], 0x5140u), b = permuted(four[2], four[3], 0x5140u);
+    low_bytes[i] = permuted(a, b, 0x5410u);
+    high[i] = permuted(a, b, 0x7632u);
+  }
+  float by[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    by[i] = factor[place(2 * c + i)] * (1 / UNITS);
+    // Not 0, because minus infinity times it is to be minus infinity; and what is no number stays none.
+    if (by[i] < 1e-37f) by[i] = 1e-37f;
+  }
+  const int seen_by_all = (start + 1) / PAGE, hidden = window > 0 ? (start + added - window + PAGE - 1) / PAGE : 0;
+
+  for (int span = blockIdx.z * each; span < ((int)blockIdx.z + 1) * each; span++) {
+    int low = span * SPAN;
+    const int end = smaller(low + SPAN, start + added);
+    if (low >= end) return;
+    if (window > 0 && start - window >= low) low = (start - window + 1) / PAGE * PAGE;
+    if (low >= end) continue;
+    int last[2], first[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int seen = start + token_of(2 * c + i);
+      last[i] = smaller(seen, end - 1);
+      first[i] = window > 0 ? seen - window + 1 : 0;
+    }
+    float mean[TILES][4], constants[4] = {0, 0, 0, 0}, top[2] = {LOWEST, LOWEST}, added_up[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) mean[i][j] = 0;
+    // Pages are counted from the start of the sequence, so which warp takes one depends on nothing else.
+    int page = low / PAGE;
+    page += (warp - page) & (WARPS - 1);
+    const int stop = (end + PAGE - 1) / PAGE;
+    Rows rows;
+    if (page < stop) {
+      const u32 at = table[2 * page];
+      load_keys(rows, key_places, at, key_page_bytes);
+      load_values(rows, value_places, at, value_page_bytes);
+    }
+    for (; page < stop; page += WARPS) {
+      const int next = page + WARPS;
+      u32 at = 0;
+      if (next < stop) at = table[2 * next];
+      float score[2][4];
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        int upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < QUERY_WORDS / 2; i++) {
+          u32 a[2], b[2];
+          decode_key(rows.keys[t][0], i, a);
+          decode_key(rows.keys[t][1], i, b);
+          multiply_high(upper, a[0], b[0], a[1], b[1], high[2 * i], high[2 * i + 1]);
+          multiply_low(lower, a[0], b[0], a[1], b[1], low_bytes[2 * i], low_bytes[2 * i + 1]);
+        }
+        // Sums of integers, exact.
+#pragma unroll
+        for (int j = 0; j < 4; j++) score[t][j] = (float)(upper[j] * 256 + lower[j]);
+      }
+      float value_scale[2][2], key_scale[2][2];
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        key_scale[t][0] = wide(rows.key_scales[t] & 0xffff);
+        key_scale[t][1] = wide(rows.key_scales[t] >> 16);
+        value_scale[t][0] = wide(rows.value_scales[t] & 0xffff);
+        value_scale[t][1] = wide(rows.value_scales[t] >> 16);
+      }
+      if (next < stop) load_keys(rows, key_places, at, key_page_bytes);
+#pragma unroll
+      for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) score[t][j] *= key_scale[t][j / 2];
+      if (page >= seen_by_all || page < hidden) {
+        const float nothing = __int_as_float(0xff800000);
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+          for (int u = 0; u < 2; u++) {
+            const int token = page * PAGE + 4 * r + 2 * t + u;
+            // Lines that nobody wrote may hold anything.
+            if (token >= end) value_scale[t][u] = 0;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+              if (token > last[i] || token < first[i]) score[t][2 * u + i] = nothing;
+          }
+      }
+      // What enters the second product are weights times scales: at most 2^15, a half's largest power of two.
+      float raised[2] = {top[0], top[1]};
+#pragma unroll
+      for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+          const float size = logarithm(fmaxf(value_scale[t][u], SMALLEST));
+#pragma unroll
+          for (int i = 0; i < 2; i++) raised[i] = fmaxf(raised[i], fmaf(score[t][2 * u + i], by[i], size));
+        }
+      if (__any_sync(ALL, raised[0] > top[0] || raised[1] > top[1])) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+          for (int step = 4; step < 32; step *= 2) raised[i] = fmaxf(raised[i], __shfl_xor_sync(ALL, raised[i], step));
+          const float old = power(top[i] - raised[i]);
+          top[i] = raised[i];
+          added_up[i] *= old;
+          constants[i] *= old;
+#pragma unroll
+          for (int m = 0; m < TILES; m++) {
+            mean[m][i] *= old;
+            mean[m][i + 2] *= old;
+          }
+        }
+      }
+      const float base[2] = {15.0f - top[0], 15.0f - top[1]};
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        float weight[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          weight[j] = power(fmaf(score[t][j], by[j % 2], base[j % 2]));
+          added_up[j % 2] += weight[j];
+          weight[j] *= value_scale[t][j / 2];
+        }
+        const u32 b0 = transposed(narrow(weight[0], weight[1])), b1 = transposed(narrow(weight[2], weight[3]));
+        multiply(constants, CONSTANTS, CONSTANTS, CONSTANTS, CONSTANTS, b0, b1);
+#pragma unroll
+        for (int i = 0; i < 2 * VALUE_WORDS; i++) {
+          // Two bytes of each of two values, side by side.
+          const u32 chosen = i % 2 ? 0x7632u : 0x5410u;
+          const u32 x = permuted(rows.values[t][0][i / 2], rows.values[t][1][i / 2], chosen);
+          const u32 y = permuted(rows.values[t][2][i / 2], rows.values[t][3][i / 2], chosen);
+          const u32 x0 = decode_value(x << 4), x1 = decode_value(x), y0 = decode_value(y << 4), y1 = decode_value(y);
+          multiply(mean[2 * i], x0, x1, y0, y1, b0, b1);
+          const u32 x2 = decode_value(x >> 4), x3 = decode_value(x >> 8);
+          const u32 y2 = decode_value(y >> 4), y3 = decode_value(y >> 8);
+          multiply(mean[2 * i + 1], x2, x3, y2, y3, b0, b1);
+        }
+      }
+      if (next < stop) load_values(rows, value_places, at, value_page_bytes);
+    }
+
+    // The warps' sums, in the order of the warps. Query row 2 c + i lies in slot 4 i + c, as banks want it.
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) added_up[i] += __shfl_xor_sync(ALL, added_up[i], step);
+      if (r == 0) {
+        tops[warp][4 * i + c] = top[i];
+        sums[warp][4 * i + c] = added_up[i];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float most = tops[0][4 * i + c];
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) most = fmaxf(most, tops[w][4 * i + c]);
+      const float old = power(top[i] - most), less = -constants[i] * old;
+      float* out = means[warp][4 * i + c] + r * (DIM / 8);
+#pragma unroll
+      for (int m = 0; m < TILES; m += 2)
+        *(float4*)(out + 2 * m) =
+            make_float4(fmaf(mean[m][i], old, less), fmaf(mean[m][i + 2], old, less), fmaf(mean[m + 1][i], old, less),
+                        fmaf(mean[m + 1][i + 2], old, less));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < DIM / 64; k++) {
+      const int at = threadIdx.x + 32 * WARPS * k, slot = at / (DIM / 4), column = at % (DIM / 4) * 4;
+      const int n = slot % 4 * 2 + slot / 4;
+      if (token_of(n) >= added) continue;
+      const i64 out = span * tokens * heads * group + place(n);
+      float4 all = *(float4*)(means[0][slot] + column);
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) {
+        const float4 part = *(float4*)(means[w][slot] + column);
+        all = make_float4(all.x + part.x, all.y + part.y, all.z + part.z, all.w + part.w);
+      }
+      *(float4*)(average + out * DIM + column) = all;
+    }
+    if (const int n = threadIdx.x; n < 8 && token_of(n) < added) {
+      const int slot = n % 2 * 4 + n / 2;
+      const i64 out = span * tokens * heads * group + place(n);
+      float most = tops[0][slot], weights = 0;
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) most = fmaxf(most, tops[w][slot]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) weights += sums[w][slot] * power(tops[w][slot] - most);
+      largest[out] = most;
+      total[out] = weights;
+    }
+    // What the warps left is read before the next span's is written.
+    __syncthreads();
+  }
+}

@@ -1,0 +1,347 @@
+"""The CUDA kernel's PTX, run instruction by instruction, against the reference: permuted pages, and NaN around them."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from kernels.cuda.emulated import NEEDS_NVCC, Emulated, ptx
+from kernels.cuda.ptx import Wrong
+from kernels.native.cache import fill, formats
+from memory.toys import gqa
+
+from truekv.core.recording import recording
+from truekv.core.spec import Field, Paged
+from truekv.kernels.cuda import kernel, paged
+from truekv.kernels.reference import paged as reference
+from truekv.kernels.triton.codebook import LEVELS
+from truekv.kernels.triton.tiles import SPAN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kernels.native.cache import Cache
+
+    from truekv.core.batch import Step
+
+pytestmark = NEEDS_NVCC
+BOUND = 2**-9
+"""Queries and weights are halves."""
+SMALL = kernel.Kind("kv4", 64)
+LEVEL = torch.tensor(LEVELS["kv4"], dtype=torch.float64)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    found = Emulated()
+    monkeypatch.setattr(paged, "load", found.load)
+    monkeypatch.setattr(kernel, "load", found.load)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_allocated_clean() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(mode=before)
+
+
+def run(cache: Cache, step: Step, queries: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return paged.attend(queries, cache.fields, 0.11, cache.layer.window, step)
+
+
+def error(cache: Cache, counts: list[int], group: int, emulated: Emulated) -> float:
+    """Largest difference from the reference, relative to the largest number of each token and head."""
+    step = cache.step(counts)
+    queries = cache.queries(step, group)
+    scale = cache.layer.fields[0].dim ** -0.5
+    wanted = reference.attend(queries, cache.fields, scale, cache.layer.window, step).double()
+    before = emulated.launches
+    got = paged.attend(queries, cache.fields, scale, cache.layer.window, step).double()
+    assert emulated.launches == before + 1
+    assert got.shape == wanted.shape
+    return float(((got - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
+
+
+@pytest.mark.parametrize("values", ["kv4", "turboquant_4bit"])
+@pytest.mark.parametrize("kind", kernel.KINDS)
+def test_every_kind_of_rows(kind: kernel.Kind, values: str, emulated: Emulated) -> None:
+    keys = values if kind.keys == "kv4" else kind.keys
+    cache = fill(gqa(2, kind.dim), formats(keys, values), [70, 33], measured=True, seed=kind.dim)
+    assert error(cache, [1, 2], 4, emulated) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("group", "counts"), [(1, [1, 1]), (1, [4, 8]), (2, [4, 1]), (3, [1, 2]), (5, [1, 1]), (8, [1, 1])]
+)
+def test_groups_and_query_lengths(group: int, counts: list[int], emulated: Emulated) -> None:
+    assert error(fill(gqa(2, 128), formats("kv4", "kv4"), [70, 33]), counts, group, emulated) < BOUND
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 127, 128, 129, SPAN - 1, SPAN, SPAN + 1])
+def test_lengths_at_the_edges_of_pages_and_spans(length: int, emulated: Emulated) -> None:
+    cache = fill(gqa(1, 64), formats("kv4", "kv4"), [length, 40])
+    assert error(cache, [1, 1], 4, emulated) < BOUND
+    assert error(cache, [min(length, 3), 3], 2, emulated) < BOUND
+
+
+@pytest.mark.parametrize("window", [1, 2, 31, 33, 100, SPAN, SPAN + 100])
+def test_windows(window: int, emulated: Emulated) -> None:
+    cache = fill(gqa(1, 64, window), formats("kv4", "kv4"), [SPAN + 200, 40])
+    assert error(cache, [3, 2], 2, emulated) < BOUND
+
+
+def raw(cache: Cache, query: torch.Tensor, emulated: Emulated) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch on framed queries [T, H, D] of one token each; the averages, largest scores and sums of one span."""
+    (tokens, heads, dim), key = query.shape, cache.fields[0]
+    kv_heads = key.field.heads
+    step = cache.step([1] * tokens)
+    out = torch.empty(tokens, heads, dim), torch.empty(tokens, heads), torch.empty(tokens, heads)
+    numbers = (1, step.pages.shape[1], 0, heads // kv_heads, 1)
+    emulated.load(kernel.Kind(key.format.name, dim), query.device).launch(
+        (kv_heads, tokens, 1),
+        (
+            *(item.data[:, item.start :] for item in cache.fields),
+            *(query, torch.ones(tokens, heads)),
+            *(step.gather, step.position, step.count, step.pages, *out),
+            *(ctypes.c_uint32(item.data.stride(0)) for item in cache.fields),
+            ctypes.c_int64(tokens),
+            *(ctypes.c_int32(number) for number in numbers),
+        ),
+    )
+    return out
+
+
+def planes(cache: Cache, which: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = reference.planes(cache.fields[which])
+    return codes, scales
+
+
+@pytest.mark.parametrize("kind", kernel.KINDS)
+def test_every_code_in_every_place_is_its_level(kind: kernel.Kind, emulated: Emulated) -> None:
+    """One key per sequence, met by queries that are one number each; and one value, which its average is."""
+    dim, make = kind.dim, torch.Generator().manual_seed(kind.dim)
+    cache = fill(gqa(1, dim), formats(kind.keys, "kv4"), [1] * dim)
+    levels: list[torch.Tensor] = []
+    for which in range(2):
+        lines, scales = planes(cache, which)
+        codes = torch.randint(0, 256, (dim, lines.shape[-1]), dtype=torch.uint8, generator=make)
+        lines[cache.pages[:, 0], 0, 0] = codes
+        scales[cache.pages[:, 0], 0, 0] = torch.tensor([1.0]).half().view(torch.uint8)
+        nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
+        levels.append(codes.view(torch.int8).double() if lines.shape[-1] == dim else LEVEL[nibbles.long()])
+    # Nibbles of words are decoded alike: every code is in each.
+    assert len(set((nibbles.view(-1, 8) * 8 + torch.arange(8)).flatten().tolist())) == 128
+    columns = (torch.arange(dim)[:, None] * 8 + torch.arange(8)) % dim
+    average, largest, total = raw(cache, torch.nn.functional.one_hot(columns, dim).float(), emulated)
+    assert torch.equal(largest.double(), levels[0].gather(1, columns))
+    assert torch.equal(total, torch.full_like(total, 2.0**15))
+    assert torch.equal((average / total[..., None]).double(), levels[1][:, None].expand_as(average))
+
+
+@pytest.mark.parametrize("size", [0.0, 2.0**-24, 1e-5, 0.2, 65504.0])
+@pytest.mark.parametrize("which", [0, 1])
+def test_scales_of_any_size_beside_others(which: int, size: float, emulated: Emulated) -> None:
+    cache = fill(gqa(1, 64), formats("kv4", "kv4"), [70])
+    _, scales = planes(cache, which)
+    scales[cache.pages[0], 0, 5:19] = torch.tensor([size]).half().view(torch.uint8)
+    assert error(cache, [2], 4, emulated) < BOUND
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e3, 1e6])
+def test_scores_of_any_size(factor: float, emulated: Emulated) -> None:
+    cache = fill(gqa(1, 64), formats("kv4", "kv4"), [70])
+    step = cache.step([2])
+    queries = (cache.queries(step, 4)[0] * factor,)
+    got = run(cache, step, queries)
+    assert emulated.launches == 1
+    if factor < 1:
+        wanted = reference.attend(queries, cache.fields, 0.11, None, step)
+        assert float((got - wanted).abs().max()) < BOUND * float(wanted.abs().max())
+        return
+    # One key has all the weight, and queries of half precision may take another only if it is as good.
+    key, value = cache.fields
+    rows = [torch.cat(planes(cache, which), -1)[cache.pages[0]].flatten(0, 2)[:70] for which in range(2)]
+    score = key.frame.query(queries[0]).flatten(0, 1).double() @ key.format.decode(rows[0], 64).double().T
+    score[:4, 69] = -torch.inf
+    values = value.frame.output(value.format.decode(rows[1], 64)[:, None])[:, 0]
+    taken = (got.flatten(0, 1)[:, None] - values).abs().amax(-1).argmin(-1)
+    best = score.amax(-1)
+    assert bool((best - score.gather(1, taken[:, None])[:, 0] < 1e-3 * best).all())
+
+
+def test_a_row_does_not_depend_on_its_companions_or_the_width_of_the_table(emulated: Emulated) -> None:
+    cache = fill(gqa(1, 64, 300), formats("kv4", "kv4"), [SPAN + 90, 530, 3], measured=True)
+    step = cache.step([2, 2, 1])
+    queries = cache.queries(step, 4)
+    together = run(cache, step, queries)
+    assert torch.isfinite(together).all()
+    for sequence, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 5))):
+        alone = cache.step([rows.stop - rows.start], [sequence])
+        if sequence:
+            width = -(-cache.lengths[sequence] // 32)
+            alone = dataclasses.replace(alone, pages=alone.pages[:, :width])
+        assert torch.equal(run(cache, alone, tuple(query[rows] for query in queries)), together[rows]), sequence
+    one = cache.shortened([SPAN + 89, 530, 3]).step([1], [0])
+    assert torch.equal(run(cache, one, tuple(query[:1] for query in queries)), together[:1])
+    assert emulated.launches == 5
+
+
+def test_a_token_in_a_chunk_has_the_bits_that_it_has_alone(emulated: Emulated) -> None:
+    """Tokens at positions 362 to 364, of which only the first sees the last line of the second page."""
+    cache = fill(gqa(1, 64, 300), formats("kv4", "kv4"), [365], measured=True)
+    step = cache.step([3])
+    queries = cache.queries(step, 2)
+    together = run(cache, step, queries)
+    for place in range(3):
+        alone = cache.shortened([363 + place]).step([1])
+        assert torch.equal(run(cache, alone, (queries[0][place : place + 1],))[0], together[place])
+    assert emulated.launches == 4
+
+
+def test_a_block_of_several_spans_makes_the_same_bits(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    for window in (None, SPAN + 50):
+        cache = fill(gqa(1, 64, window), formats("kv4", "kv4"), [3 * SPAN + 90, 530, 3], measured=True)
+        step = cache.step([2, 2, 1])
+        queries = cache.queries(step, 4)
+        one = run(cache, step, queries)
+        for most, each in ((20, 2), (12, 4)):
+            with monkeypatch.context() as patched:
+                patched.setattr(paged, "_MANY", most)
+                assert paged.spans_of_a_block(12) == each
+                assert torch.equal(run(cache, step, queries), one)
+    assert emulated.launches == 6
+
+
+@pytest.mark.parametrize("garbage", [0x00, 0x7F, 0xFF])
+def test_lines_that_nobody_wrote_are_never_read_as_numbers(garbage: int, emulated: Emulated) -> None:
+    outs: list[torch.Tensor] = []
+    for fill_byte in (0x55, garbage):
+        cache = fill(gqa(1, 64), formats("kv4", "kv4"), [69, 33])
+        step = cache.step([69, 33])
+        cache.fields[0].data.fill_(fill_byte)
+        for stored, rows in zip(cache.fields, cache.rows, strict=True):
+            reference.store(stored, rows, step)
+        step = cache.step([1, 3])
+        outs.append(run(cache, step, cache.queries(step, 2)))
+    assert torch.isfinite(outs[0]).all()
+    assert torch.equal(*outs)
+    assert emulated.launches == 2
+
+
+def test_rows_without_tokens_and_tokens_of_nobody(emulated: Emulated) -> None:
+    cache = fill(gqa(2, 64), formats("kv4", "kv4"), [70, 33])
+    step = cache.step([3], [0])
+    (query,) = cache.queries(step, 2)
+    zero, last = torch.zeros(1, dtype=torch.int64), torch.full((2,), 1)
+    padded = dataclasses.replace(
+        step,
+        owner=torch.cat([step.owner, last]),
+        offset=torch.cat([step.offset, zero, zero]),
+        gather=torch.cat([torch.nn.functional.pad(step.gather, (0, 1)), torch.zeros(1, 4, dtype=torch.int64)]),
+        position=torch.cat([step.position, zero]),
+        count=torch.cat([step.count, zero]),
+        pages=torch.nn.functional.pad(torch.cat([step.pages, step.pages]), (0, 20), value=int(step.pages[0, 0])),
+    )
+    with recording():
+        got = run(cache, padded, (torch.cat([query, torch.full_like(query[:2], torch.nan)]),))
+    assert torch.equal(got[:3], run(cache, step, (query,)))
+    assert not got[3:].any()
+    assert emulated.launches == 2
+
+
+def test_a_query_of_no_number_spoils_its_own_row_only(emulated: Emulated) -> None:
+    cache = fill(gqa(2, 64), formats("kv4", "kv4"), [70])
+    step = cache.step([3])
+    (query,) = cache.queries(step, 2)
+    spoiled = query.clone()
+    spoiled[1, 3, 5] = torch.nan
+    whole, got = run(cache, step, (query,)), run(cache, step, (spoiled,))
+    assert got[1, 3].isnan().all()
+    got[1, 3] = whole[1, 3]
+    assert torch.equal(got, whole)
+    assert emulated.launches == 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_stored_row_of_no_number_spoils_its_sequence_and_nobody_else(which: int, emulated: Emulated) -> None:
+    cache = fill(gqa(2, 64), formats("kv4", "kv4"), [70, 40])
+    step = cache.step([3, 1])
+    (query,) = cache.queries(step, 2)
+    whole = run(cache, step, (query,))
+    for plane in planes(cache, which):
+        plane[step.page[1], 0, step.line[1]] = 0xFF
+    got = run(cache, step, (query,))
+    assert got[1:3, :2].isnan().all()
+    assert torch.equal(got[:, 2:], whole[:, 2:])
+    assert torch.equal(got[3], whole[3])
+    assert emulated.launches == 2
+
+
+def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
+    """Chunks of more query rows, other formats and other head sizes."""
+    for dim, name, group, count in ((64, "kv4", 4, 3), (64, "int8", 2, 1), (80, "kv4", 2, 1)):
+        cache = fill(gqa(1, dim), formats(name, name), [40])
+        step = cache.step([count])
+        wanted = reference.attend(cache.queries(step, group), cache.fields, 0.11, None, step)
+        assert float((run(cache, step, cache.queries(step, group)) - wanted).abs().max()) < 1e-4
+    assert not emulated.launches
+    four, eight = formats("kv4", "int8")
+    assert paged.taken(gqa(2, 128), (four, four)) == ("kv4", 128)
+    assert paged.taken(gqa(2, 128), (eight, four)) == ("int8", 128)
+    assert paged.taken(gqa(2, 256), (eight, four)) is None
+    assert paged.taken(gqa(2, 80), (four, four)) is None
+    assert paged.taken(gqa(2, 128), (four, eight)) is None
+    assert paged.taken(Paged((Field("l", 1, 64, "both"), Field("r", 1, 64, "key"))), (four, four)) is None
+
+
+def test_the_trial_before_its_first_use_passes(emulated: Emulated) -> None:
+    for kind in kernel.KINDS:
+        assert kernel.error(kind, torch.device("cpu")) < kernel.BOUND / 2
+    assert emulated.launches == len(kernel.KINDS)
+
+
+BROKEN = {
+    "a level of keys": (str(0xD0C2B198 - 2**32), str(0xD1C2B198 - 2**32)),
+    "a code of values": (str(0x00F000F0), str(0x00700070)),
+    "the order of weights": ("movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "),
+    "the largest score": ("max.f32", "min.f32"),
+    "what rounds values": ("fma.rn.f16x2", "prmt.b32"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_kernel_fails_the_trial(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = BROKEN[what]
+    assert old in ptx(SMALL)
+    monkeypatch.setattr(kernel, "load", Emulated(ptx(SMALL).replace(old, new)).load)
+    assert not kernel.error(SMALL, torch.device("cpu")) <= kernel.BOUND
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("bar.sync \t0;", "", "another warp wrote since the last barrier"),
+        ("fma.rn.f16x2", "fma.rz.f16x2", "an instruction that is not known: fma.rz"),
+    ],
+)
+def test_what_no_device_would_do_is_refused(old: str, new: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert old in ptx(SMALL)
+    monkeypatch.setattr(kernel, "load", Emulated(ptx(SMALL).replace(old, new)).load)
+    with pytest.raises(Wrong, match=sentence):
+        kernel.error(SMALL, torch.device("cpu"))
+
+
+def test_pages_that_no_tensor_holds_are_never_read(emulated: Emulated) -> None:
+    cache = fill(gqa(1, 64), formats("kv4", "kv4"), [70])
+    most = int(cache.pages.max())
+    short = tuple(dataclasses.replace(item, data=item.data[:most]) for item in cache.fields)
+    step = cache.step([1])
+    with pytest.raises(Wrong, match="outside of every tensor"):
+        paged.attend(cache.queries(step, 2), short, 0.1, None, step)
+    assert emulated.launches == 1

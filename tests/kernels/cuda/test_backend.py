@@ -1,0 +1,155 @@
+"""Where the CUDA kernel comes from and when it is chosen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from kernels.cuda.emulated import NEEDS_NVCC, Emulated, ptx
+from memory.toys import formats_of, gqa, mla, model_spec
+
+from truekv.core.errors import Refused
+from truekv.core.options import EngineOptions
+from truekv.kernels import table
+from truekv.kernels.cuda import compiler, kernel
+from truekv.kernels.table import select
+from truekv.serve.doctor import examine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LAYERS = (gqa(dim=128), mla(64, 64))
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device as the table asks for it, on which kernels run that the emulator runs."""
+    monkeypatch.setattr(kernel, "runs_on", lambda _: True)
+    kernel.problem.cache_clear()
+    table._say_triton.cache_clear()
+    yield
+    kernel.problem.cache_clear()
+
+
+def trial(monkeypatch: pytest.MonkeyPatch, emulated: Emulated) -> None:
+    """Tensors stay where the emulator reads them."""
+    monkeypatch.setattr(kernel, "load", emulated.load)
+    tried = kernel.error
+    monkeypatch.setattr(kernel, "error", lambda kind, _device: tried(kind, torch.device("cpu")))
+
+
+@NEEDS_NVCC
+@pytest.mark.usefixtures("hopper")
+def test_4_bit_rows_of_a_hopper_are_attended_to_in_cuda_once_the_kernel_has_passed_its_trial(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    emulated = Emulated()
+    trial(monkeypatch, emulated)
+    kernels = select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), device="cuda")
+    assert kernels.backend == "cuda"
+    assert kernels.paged.__name__.endswith("cuda.paged")  # type: ignore[attr-defined]
+    assert emulated.launches == 1
+    rows = {name: backend for name, backend in kernels.describe() if not name.startswith("sample")}
+    assert rows == {
+        "store k=kv4 2x128": "triton",
+        "store v=kv4 2x128": "triton",
+        "attend k=kv4 2x128, v=kv4 2x128": "cuda",
+        "store latent=kv4 1x64": "triton",
+        "store rope=int8 1x64": "triton",
+        "attend latent=kv4 1x64, rope=int8 1x64": "triton",
+    }
+    assert not caplog.messages
+    assert select(model_spec(LAYERS), formats_of(LAYERS, "int8"), device="cuda").backend == "triton"
+    assert select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), backend="triton", device="cuda").backend == "triton"
+
+
+@NEEDS_NVCC
+@pytest.mark.usefixtures("hopper")
+def test_a_kernel_that_fails_its_trial_is_not_used_and_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Emulated(ptx(kernel.Kind("kv4", 128)).replace("movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "))
+    trial(monkeypatch, broken)
+    for _ in range(2):
+        assert select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), device="cuda").backend == "triton"
+    (message,) = caplog.messages
+    assert message.startswith("4-bit rows are attended to in Triton, which takes longer, because the CUDA kernel for ")
+    assert broken.launches == 1
+    with pytest.raises(Refused, match="of the largest number on this device; use the triton backend"):
+        select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), backend="cuda", device="cuda")
+
+
+@pytest.mark.usefixtures("hopper")
+def test_without_a_compiler_triton_runs_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(compiler, "_nvrtc_paths", list)
+    compiler.compiler.cache_clear()
+    compiler.nvcc.cache_clear()
+    try:
+        assert select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), device="cuda").backend == "triton"
+    finally:
+        compiler.compiler.cache_clear()
+        compiler.nvcc.cache_clear()
+    (message,) = caplog.messages
+    assert message.endswith("because there is neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc")
+
+
+def test_elsewhere_it_is_refused_or_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    assert select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), device="cuda").backend == "triton"
+    assert not caplog.messages
+    with pytest.raises(Refused, match="the cuda kernels run on a CUDA device: use the native backend"):
+        select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), backend="cuda")
+    with pytest.raises(Refused, match=r"run on CUDA devices of compute capability 9\.0; use the triton backend"):
+        select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), backend="cuda", device="cuda")
+    with pytest.raises(Refused, match="run on a CUDA device"):
+        examine("tiny-dense", EngineOptions(kv_cache_dtype="kv4", kernel_backend="cuda"))
+
+
+@NEEDS_NVCC
+def test_machine_code_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "one.cu"
+    source.write_text('extern "C" __global__ void one(int* out) { *out = NUMBER; }\n')
+    made = compiler.compiled(source, {"NUMBER": 1})
+    assert made.startswith(b"\x7fELF")
+    (kept,) = (tmp_path / "truekv").iterdir()
+    kept.write_bytes(b"found")
+    assert compiler.compiled(source, {"NUMBER": 1}) == b"found"
+    assert compiler.compiled(source, {"NUMBER": 2}).startswith(b"\x7fELF")
+    source.write_text(source.read_text().replace("NUMBER", "NUMBER + 1"))
+    assert compiler.compiled(source, {"NUMBER": 1}).startswith(b"\x7fELF")
+    assert len(list((tmp_path / "truekv").iterdir())) == 3
+
+
+@NEEDS_NVCC
+def test_where_nothing_can_be_kept_it_compiles_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    source = tmp_path / "one.cu"
+    source.write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
+    assert compiler.compiled(source, {}).startswith(b"\x7fELF")
+    source.write_text("no program")
+    with pytest.raises(Refused, match=r"fails: .*one\.cu"):
+        compiler.compiled(source, {})
+
+
+@pytest.mark.skipif(not compiler._nvrtc_paths(), reason="needs NVRTC, which comes with torch for CUDA")
+def test_nvrtc_compiles_every_kind() -> None:
+    made = compiler.Nvrtc(compiler._nvrtc_paths()[0])
+    for kind in kernel.KINDS:
+        assert made.compile(kernel.SOURCE, compiler.options(kernel.definitions(kind))).startswith(b"\x7fELF")
+
+
+def test_a_cpu_loads_nothing_of_it() -> None:
+    code = (
+        "import sys; from memory.toys import *; select(model_spec((gqa(),)), formats_of((gqa(),)));"
+        "sys.exit(any('kernels.cuda' in name for name in sys.modules))"
+    )
+    folder = Path(__file__).parents[2]
+    assert not subprocess.run([sys.executable, "-c", code], cwd=folder, check=False).returncode
