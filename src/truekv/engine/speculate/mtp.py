@@ -5,7 +5,7 @@ real. One pass of the head over those writes its rows for them and makes the fir
 sequence; the others come one by one, each from the state that made the one before it. Rows of drafts
 lie beyond what is real, so the next step's pass overwrites them.
 
-Shapes: T tokens that became real, B sequences, D drafts, P passes over one of them, C hidden size.
+Shapes: T tokens that became real, B sequences, D drafts, C hidden size, N columns of a table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from truekv.memory.arena import Arena
 
     Guess = Callable[..., torch.Tensor]
-    """A step, the states [T, hidden_size] of its tokens and how many drafts [T] their rows want to drafts."""
+    """A step, the states [T, hidden_size] of its tokens and a table [T, N] of its rows to drafts; see Predictor."""
+
+_COLUMNS: Final = 4
+"""Of a table, for each pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +79,17 @@ class Predictor:
         step = self.arena.draft_step(
             [(row.sequence, row.start, row.following) for row in rows], [row.wanted for row in rows]
         )
-        places_T, wanted_T = torch.tensor(
-            [
-                [place for row in rows for place in row.places],
-                [row.wanted for row in rows for _ in row.places],
-            ],
-            device=hidden_TC.device,
+        count = max(row.wanted for row in rows)
+        places = [place for row in rows for place in row.places]
+        table = self._table(rows, count - 1)
+        table += [[0] * len(table[0])] * (len(places) - len(rows))
+        numbers = torch.tensor(
+            [[place, *line] for place, line in zip(places, table, strict=True)], device=self.arena.device
         )
         try:
             with torch.inference_mode():
-                guess = self._guess_of(max(row.wanted for row in rows))
-                drafts_TD = guess(step, hidden_TC.index_select(0, places_T), wanted_T)
+                state_TC = hidden_TC.index_select(0, numbers[:, 0])
+                drafts_TD = self._guess_of(count)(step, state_TC, numbers[:, 1:])
         except Corrupted:
             # Memory takes a step's rows together or not at all: one sequence must not cost the others theirs.
             return [[]] if len(rows) == 1 else [self.propose([row], hidden_TC)[0] for row in rows]
@@ -98,10 +101,11 @@ class Predictor:
 
     def rehearse(self, step: Step, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Make drafts after every token of a step, from states of zeros."""
-        tokens = step.tokens
-        state_TC = torch.zeros(len(tokens), self._size, dtype=dtype, device=self.arena.device)
+        total, device = len(step.tokens), self.arena.device
+        state_TC = torch.zeros(total, self._size, dtype=dtype, device=device)
+        table_TN = torch.zeros(total, 1 + _COLUMNS * max(0, count - 1), dtype=torch.int64, device=device)
         with torch.inference_mode():
-            return self._guess_of(count)(step, state_TC, torch.full_like(tokens, count))
+            return self._guess_of(count)(step, state_TC, table_TN)
 
     def _guess_of(self, count: int) -> Guess:
         """Return the function that makes up to `count` drafts for every row of a step."""
@@ -110,56 +114,58 @@ class Predictor:
             self._guesses[count] = self._replayed(guess) if self._replayed else guess
         return self._guesses[count]
 
-    def _guess(self, count: int, step: Step, hidden_TC: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
+    def _table(self, rows: Sequence[Row], passes: int) -> list[list[int]]:
+        """For each row: where its last token is, and for each pass what of its step no device has to work out.
+
+        That is the draft's position, 1 if it is to be stored, and its page and line + 1, all 0 where it is not.
+        """
+        size = self.arena.plan.page_tokens
+        table: list[list[int]] = []
+        end = 0
+        for row in rows:
+            end += len(row.following)
+            line = [end - 1]
+            for place in range(passes):
+                position = row.start + len(row.following) + place
+                if place + 1 < row.wanted:
+                    line += [position, 1, row.sequence.pages[position // size], 1 + position % size]
+                else:
+                    line += [position, 0, 0, 0]
+            table.append(line)
+        return table
+
+    def _guess(self, count: int, step: Step, hidden_TC: torch.Tensor, table_TN: torch.Tensor) -> torch.Tensor:
         """Make drafts [T, count], those of row b in row b: one pass over the step, one over each draft but the last.
 
-        `wanted_T` is how many the row of each token wants; where a logit is not finite its draft is -1. All of it
-        happens on the device, which the host need not wait for.
+        Row b of `table_TN` is that of `_table`, and rows without tokens have zeros. Where a logit is not finite the
+        draft is -1. All of it happens on the device, which the host need not wait for.
         """
         layers, largest = self.arena.draft_layers, self.arena.kernels.ops.largest
         state_TC = self.head.forward(self.head.begin(hidden_TC), step, layers)
         drafts_DT = step.tokens.new_empty(count, len(step.tokens)).fill_(-1)
-        if count:
-            last_B = step.gather.gather(1, (step.count - 1).clamp(min=0)[:, None])[:, 0]
-            state_BC = state_TC.index_select(0, last_B)
-            passes = self._passes(step, wanted_T, count - 1)
-            for place in range(count):
-                best_B = largest(self.head.logits(state_BC))
-                drafts_DT[place, : len(best_B)] = best_B
-                if place < len(passes):
-                    # The output is no longer looked at where there is no draft, so any token will do.
-                    one_token = replace(passes[place], tokens=best_B.clamp(min=0))
-                    state_BC = self.head.forward(state_BC, one_token, layers)
-        return drafts_DT.t()
-
-    def _passes(self, step: Step, wanted_T: torch.Tensor, count: int) -> list[Step]:
-        """Lay out passes over the first `count` drafts of each row, one after the other, but for their tokens.
-
-        Drafts of rows that want fewer are stored nowhere.
-        """
         if not count:
-            return []
-        size = self.arena.plan.page_tokens
-        batch, width = step.pages.shape
-        row_B = torch.arange(batch, device=wanted_T.device)
-        place_P1 = torch.arange(count, device=wanted_T.device)[:, None]
-        wanted_B = wanted_T.index_select(0, step.gather[:, 0]).masked_fill(step.count == 0, 0)
-        stored_PB = place_P1 < wanted_B - 1
-        position_PB = step.position + step.count + place_P1
-        # Rows of these are what kernels are given, so each lies as densely as a step's own.
-        page_PB = step.pages.t().gather(0, (position_PB // size).clamp(max=width - 1))
-        line_PB = (position_PB % size).masked_fill(stored_PB.logical_not(), -1)
-        count_PB = stored_PB.to(torch.int64)
+            return drafts_DT.t()
+        batch = len(step.count)
+        # Columns of these are what kernels are given, so each lies as densely as a step's own.
+        last_B, *columns = table_TN[:batch].t().contiguous()
+        row_B = torch.arange(batch, device=last_B.device)
         one_token = replace(step, owner=row_B, offset=torch.zeros_like(row_B), gather=row_B[:, None])
-        return [
-            replace(
-                one_token,
-                positions=position_B,
-                position=position_B,
-                count=one_B,
-                certain=one_B,
-                page=page_B,
-                line=line_B,
-            )
-            for position_B, one_B, page_B, line_B in zip(position_PB, count_PB, page_PB, line_PB, strict=True)
-        ]
+        state_BC = state_TC.index_select(0, last_B)
+        for place in range(count):
+            best_B = largest(self.head.logits(state_BC))
+            drafts_DT[place, :batch] = best_B
+            if place + 1 < count:
+                position_B, count_B, page_B, line_B = columns[_COLUMNS * place : _COLUMNS * (place + 1)]
+                one_token = replace(
+                    one_token,
+                    # Nobody looks at what follows where there is no draft, so any token will do.
+                    tokens=best_B.clamp(min=0),
+                    positions=position_B,
+                    position=position_B,
+                    count=count_B,
+                    certain=count_B,
+                    page=page_B,
+                    line=line_B - 1,
+                )
+                state_BC = self.head.forward(state_BC, one_token, layers)
+        return drafts_DT.t()
