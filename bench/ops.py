@@ -2,14 +2,16 @@
 
 A step goes through the states, weights and pages of 24 layers in turn, as a model does. torch's side of a recurrent
 step is the bare rule in its fastest form, batched matrix products in place; the native side also convolves, normalises,
-keeps the tail and writes the log. Prompts, encoding and sampling are compared with the reference kernels, linear maps
-with torch.nn.functional.linear in bfloat16. Times are processor time, the least of many.
+keeps the tail and writes the log. Where transformers is installed, its own functions for all of that except the log
+make a second row, "in transformers". Prompts, encoding and sampling are compared with the reference kernels, linear
+maps with torch.nn.functional.linear in bfloat16. Times are processor time, the least of many.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 import time
@@ -89,6 +91,8 @@ def main() -> None:
     shapes = {name: layer for name, layer in SHAPES.items() if not asked.quick or name.split()[1] in {"16", "48"}}
     times = 10 if asked.quick else 40
     rows = [step(name, layer, times) for name, layer in shapes.items()]
+    if importlib.util.find_spec("transformers") is not None:
+        rows += [step(name, layer, times, "in transformers") for name, layer in shapes.items() if layer.rule == "gdn"]
     rows += [prompt(name, layer, 2 if asked.quick else 5) for name, layer in shapes.items()]
     rows += [linear(count, times) for count in ROWS]
     maps = sum(best(functools.partial(native_maps, 1, *size, LAYERS), times) for size in MAPS.values()) / LAYERS
@@ -100,12 +104,12 @@ def main() -> None:
         show(rows)
 
 
-def step(name: str, layer: Recurrent, times: int) -> Measured:
+def step(name: str, layer: Recurrent, times: int, beside: str = "") -> Measured:
     """Measure one token, with states that come from memory."""
     native = best(lambda: carry(layer, scans("native"), 1, LAYERS), times) / LAYERS
-    bare = best(TORCH[layer.rule](layer), times) / LAYERS
+    theirs = best(transformers_gdn(layer) if beside else TORCH[layer.rule](layer), times) / LAYERS
     size = 4 * _numbers(layer.state[0].shape)
-    return Measured("step", name, native, bare, bare / native, 2 * size / native / 1e3)
+    return Measured(f"step {beside}".strip(), name, native, theirs, theirs / native, 2 * size / native / 1e3)
 
 
 def prompt(name: str, layer: Recurrent, times: int) -> Measured:
@@ -258,6 +262,40 @@ def torch_gdn(layer: Recurrent) -> Callable[[], Callable[[], None]]:
             state.mul_(keep)
             state.baddbmm_(k.mT, (v - k @ state) * beta)
             _ = q @ state
+
+    return lambda: call
+
+
+def transformers_gdn(layer: Recurrent) -> Callable[[], Callable[[], None]]:
+    """Make what transformers' Qwen3-Next does with one token in bfloat16: convolve, normalise, apply the rule, keep it.
+
+    As in Qwen3NextGatedDeltaNet.forward; the linear maps, the gates and the norm around it are left out on both sides.
+    """
+    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+    value_heads, key_dim, value_dim = layer.state[0].shape
+    channels, taps = layer.log[0].shape[0], layer.state[1].shape[1] + 1
+    keys = (channels - value_heads * value_dim) // 2
+    states = torch.randn(LAYERS, 1, value_heads, key_dim, value_dim)
+    tails = torch.randn(LAYERS, 1, channels, taps).bfloat16()
+    mixed, weight = torch.randn(1, channels, 1).bfloat16(), torch.randn(channels, taps).bfloat16()
+    beta, decay = torch.rand(1, 1, value_heads).bfloat16(), -torch.rand(1, 1, value_heads)
+
+    def call() -> None:
+        for state, tail in zip(states, tails, strict=True):
+            convolved = theirs.causal_conv1d_update(mixed, tail, weight, None, "silu").transpose(1, 2)
+            query, key, value = torch.split(convolved, [keys, keys, value_heads * value_dim], dim=-1)
+            _, after = theirs.torch_recurrent_gated_delta_rule(
+                query.reshape(1, 1, -1, key_dim),
+                key.reshape(1, 1, -1, key_dim),
+                value.reshape(1, 1, -1, value_dim),
+                g=decay,
+                beta=beta,
+                initial_state=state,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+            state.copy_(after)
 
     return lambda: call
 

@@ -273,6 +273,7 @@ class Attention {
       return Partial(held.get() + place[i] + s * Partial::size(tiles[i].rows, value.lanes), tiles[i].rows, value.lanes);
     };
     Pieces rows(framed_rows()), pieces(parts);
+    std::atomic<int> gone{0};
 #pragma omp parallel if (worthwhile)
     {
       rows.work_off([&](int64_t i) { frame_query(i); });
@@ -288,6 +289,9 @@ class Attention {
         for (int64_t s = 0; s < tile.splits; s++) fold(folded, partial(i, s), tile.rows);
         finish(tile, folded);
       });
+      // Who sleeps at the end of a region is woken late: the first thread, which goes on from here, comes last.
+      if (omp_get_thread_num() > 0) gone.fetch_add(1, std::memory_order_release);
+      else while (gone.load(std::memory_order_acquire) < omp_get_num_threads() - 1) sched_yield();
     }
   }
 

@@ -74,11 +74,6 @@ INLINE F32 from_digits(const I32* d, int stride) {
   return fma(to_f32(d[2 * stride]), all(65536.0f), fma(to_f32(d[stride]), all(256.0f), to_f32(d[0])));
 }
 
-// The same, where the lower two digits together are a whole number: one product of floats less.
-INLINE F32 from_small_digits(const I32* d, int stride) {
-  return fma(to_f32(d[2 * stride]), all(65536.0f), to_f32(d[0] + (d[stride] << 8)));
-}
-
 INLINE I32 dot(I32 to, __m512i unsigned_bytes, __m512i signed_bytes) {
   return (I32)_mm512_dpbusd_epi32((__m512i)to, unsigned_bytes, signed_bytes);
 }
@@ -281,7 +276,7 @@ INLINE void weigh_vectors_of(Values values_of, const uint8_t* weights, float* me
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
       float* to = mean + r * lanes + v * LANES;
-      store(to, fma(from_small_digits(&part[r][0][v], VECTORS), unit, load<F32>(to)));
+      store(to, fma(from_digits(&part[r][0][v], VECTORS), unit, load<F32>(to)));
     }
   }
 }
