@@ -47,10 +47,10 @@ def mapped() -> Iterator[Mapped]:
 
 
 def release() -> None:
-    """Give back what is free inside of the heap, and unmap the code of libraries that is not run any more.
+    """Give back what is free inside of the heap, and the pages of libraries that are only read.
 
-    Importing torch runs most of 60 MB of code once. What is still needed is mapped again when it is next run, from
-    the file's pages that the system keeps; only what the process itself wrote could not be, and is left alone.
+    Importing torch runs through 60 MB of code once. What is needed again is mapped again when it is next run, from
+    the file's pages that the system keeps. Mappings of which the process has changed a page are left alone.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
@@ -59,5 +59,5 @@ def release() -> None:
     madvise = libc.madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for item in mapped():
-        if item.file.startswith("/") and "x" in item.access and "w" not in item.access and not item.anonymous:
+        if item.file.startswith("/") and "w" not in item.access and not item.anonymous:
             madvise(item.start, item.size, mmap.MADV_DONTNEED)
