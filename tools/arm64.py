@@ -1,7 +1,7 @@
-"""Run a static program for 64-bit Arm Linux under QEMU's processor as a library: python tools/arm64.py PROGRAM [ARGUMENT ...].
+"""Run a static program for 64-bit Arm Linux: python tools/arm64.py PROGRAM [ARGUMENT ...].
 
-For `make arm64` where qemu-user is not installed. Needs the package unicorn and nothing else. The kernel is played as
-far as the programs in native/check need it: one thread, memory, and output to stdout and stderr.
+The processor is QEMU's, as a library (the package unicorn), for `make arm64` where qemu-user is not installed. The
+kernel is played as far as the programs in native/check need it: one thread, memory, and output.
 """
 
 from __future__ import annotations
@@ -24,8 +24,19 @@ STACK: Final = 0x7F_0000_0000
 STACK_BYTES: Final = 8 << 20
 LOAD: Final = 1
 AARCH64: Final = 183
-NOMEM, NOSYS, NOTTY, BADF = -12, -38, -25, -9
-IOV_BYTES: Final = 16
+NOSYS, NOTTY, BADF = -38, -25, -9
+ANONYMOUS, FIXED = 0x20, 0x10
+ANSWERS: Final = {
+    29: NOTTY,  # ioctl
+    96: 1,  # set_tid_address
+    99: 0,  # set_robust_list: there is no other thread
+    134: 0,  # rt_sigaction: there are no signals
+    135: 0,  # rt_sigprocmask
+    178: 1,  # gettid
+    226: 0,  # mprotect
+    233: 0,  # madvise
+}
+"""Of system calls that need nothing done."""
 X: Final = [getattr(arm, f"UC_ARM64_REG_X{index}") for index in range(9)]
 
 
@@ -38,7 +49,7 @@ class Machine:
     """One process: its memory, and the system calls that it makes."""
 
     def __init__(self, program: Path, arguments: list[str]) -> None:
-        """Load a program and lay out its stack; exits with a sentence where it is no static program for this processor."""
+        """Load a program and lay out its stack; exits with a sentence where it is not for this processor."""
         self.status: int | None = None
         self._cpu: Any = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
         self._cpu.ctl_set_cpu_model(arm.UC_CPU_ARM64_A72)  # plain ARMv8.0, as the kernels are compiled for
@@ -111,56 +122,60 @@ class Machine:
         self._cpu.reg_write(X[0], result & (1 << 64) - 1)
 
     def _system(self, call: int, a: list[int]) -> int:
-        """Do what Linux does for a system call of 64-bit Arm; calls that no check makes are unknown."""
-        match call:
-            case 29:  # ioctl: no terminal
-                return NOTTY
-            case 64:  # write
-                return self._write(a[0], bytes(self._cpu.mem_read(a[1], a[2])))
-            case 66:  # writev
-                parts = struct.iter_unpack("<QQ", bytes(self._cpu.mem_read(a[1], IOV_BYTES * a[2])))
-                return self._write(a[0], b"".join(bytes(self._cpu.mem_read(at, size)) for at, size in parts if size))
-            case 93 | 94:  # exit, exit_group
-                self.status = a[0] & 255
-                self._cpu.emu_stop()
-                return 0
-            case 96 | 178:  # set_tid_address, gettid
-                return 1
-            case 99 | 134 | 135:  # set_robust_list, rt_sigaction, rt_sigprocmask: no other thread, no signals
-                return 0
-            case 123:  # sched_getaffinity: the first processor
-                self._cpu.mem_write(a[2], (1).to_bytes(8, "little"))
-                return 8
-            case 214:  # brk
-                return self._grow(a[0])
-            case 215:  # munmap
-                self._cpu.mem_unmap(a[0], up(a[1]))
-                return 0
-            case 222:  # mmap: memory without a file
-                if a[4] != (1 << 64) - 1 and a[4] != (1 << 32) - 1:
-                    return NOSYS
-                at, self._next_map = self._next_map, self._next_map + up(a[1])
-                self._cpu.mem_map(at, up(a[1]))
-                return at
-            case 226 | 233:  # mprotect, madvise
-                return 0
-            case _:
-                sys.stderr.write(f"system call {call} is not played here\n")
-                return NOSYS
+        """Do what Linux does for a system call of 64-bit Arm; those that no check makes are said to be unknown."""
+        known = {
+            64: self._write,
+            66: self._write_parts,
+            93: self._exit,
+            94: self._exit,  # of all threads
+            123: self._processors,
+            214: self._grow,
+            215: self._unmap,
+            222: self._mmap,
+        }
+        if call in known:
+            return known[call](*a)
+        if call not in ANSWERS:
+            sys.stderr.write(f"system call {call} is not played here\n")
+        return ANSWERS.get(call, NOSYS)
 
-    def _grow(self, end: int) -> int:
+    def _exit(self, status: int, *_: int) -> int:
+        self.status = status & 255
+        self._cpu.emu_stop()
+        return 0
+
+    def _write(self, file: int, at: int, size: int, *_: int) -> int:
+        return os.write(file, bytes(self._cpu.mem_read(at, size))) if file in {1, 2} else BADF
+
+    def _write_parts(self, file: int, at: int, count: int, *_: int) -> int:
+        parts = struct.iter_unpack("<QQ", bytes(self._cpu.mem_read(at, 16 * count)))
+        return sum(self._write(file, start, size) for start, size in parts if size)
+
+    def _processors(self, _thread: int, _size: int, at: int, *_: int) -> int:
+        """sched_getaffinity: the first processor."""
+        self._cpu.mem_write(at, (1).to_bytes(8, "little"))
+        return 8
+
+    def _unmap(self, at: int, size: int, *_: int) -> int:
+        self._cpu.mem_unmap(at, up(size))
+        return 0
+
+    def _mmap(self, _at: int, size: int, _access: int, flags: int, *_: int) -> int:
+        """Memory without a file, wherever there is room."""
+        if not flags & ANONYMOUS or flags & FIXED:
+            return NOSYS
+        at, self._next_map = self._next_map, self._next_map + up(size)
+        self._cpu.mem_map(at, up(size))
+        return at
+
+    def _grow(self, end: int, *_: int) -> int:
+        """Brk."""
         if end > self._break:
             if up(end) > self._heap_end:
                 self._cpu.mem_map(self._heap_end, up(end) - self._heap_end)
                 self._heap_end = up(end)
             self._break = end
         return self._break
-
-    @staticmethod
-    def _write(file: int, text: bytes) -> int:
-        if file not in {1, 2}:
-            return BADF
-        return os.write(file, text)
 
 
 def main() -> int:

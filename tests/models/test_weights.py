@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import huggingface_hub
 import huggingface_hub.utils
 import pytest
-import safetensors
 import torch
 from safetensors.torch import save_file
 

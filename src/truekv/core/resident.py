@@ -1,4 +1,4 @@
-"""What of this process lies in memory, and giving back what loading left there. Linux only; elsewhere nothing happens."""
+"""What of this process lies in memory, and giving back what loading left there. Elsewhere than on Linux: nothing."""
 
 from __future__ import annotations
 
