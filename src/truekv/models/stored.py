@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, BinaryIO, Final, Self
+from typing import TYPE_CHECKING, Final, Self, cast
 
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
@@ -13,6 +13,7 @@ from truekv.models.headers import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from io import FileIO
     from pathlib import Path
     from types import TracebackType
 
@@ -46,7 +47,7 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         self._headers = headers
         self._dtype = dtype
         self._device = device
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, FileIO] = {}
         self._began = time.monotonic()
         self._done = 0
         self._bar: Progress | None = None
@@ -95,9 +96,9 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
             self._files[header.file] = (self._directory / header.file).open("rb", buffering=0)
         file = self._files[header.file]
         file.seek(header.start)
-        view, at = memoryview(data.numpy()), 0
+        view, at = memoryview(cast("bytearray", data.numpy())), 0
         while at < size:
-            count = file.readinto(view[at : at + _AT_ONCE])  # type: ignore[attr-defined] (a raw file has it)
+            count = file.readinto(view[at : at + _AT_ONCE])
             if not count:
                 raise OSError(f"it ends at byte {header.start + at}")
             at += count
