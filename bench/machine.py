@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
-from truekv.memory.untouched import untouched
+from truekv.core.untouched import untouched
 
 if TYPE_CHECKING:
     from truekv.kernels.native.library import Library

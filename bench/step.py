@@ -3,8 +3,8 @@
 Every native call of a step is timed from Python; what is left is the engine's own Python and torch's small
 operations. Every line is the least of many steps, because other jobs only ever slow one down.
 
-With --capture, captured steps and the same ones run eagerly take turns instead. Their `host` is what is left when
-every native call returns at once.
+With --memory, what lies in memory after a few steps is listed. With --capture, captured steps and the same ones run
+eagerly take turns instead. Their `host` is what is left when every native call returns at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from bench import capture
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.engines.truekv import start
 from bench.machine import native
+from truekv.core.lazy import torch
+from truekv.core.resident import mapped
 
 if TYPE_CHECKING:
     import ctypes
@@ -52,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sequences", type=int, default=1, help="with --capture: rows of a step")
+    parser.add_argument("--memory", action="store_true", help="list what lies in memory instead")
     parser.add_argument("--capture", action="store_true", help="compare captured steps with eager ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args(arguments)
@@ -61,6 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
             str(checkpoint(asked.model)), asked.format, asked.depth, asked.sequences, asked.threads, asked.steps
         )
         print(json.dumps({name: asdict(way) for name, way in ways.items()}) if asked.json else capture.table(ways))
+        return 0
+    if asked.memory:
+        found = memory(str(checkpoint(asked.model)), asked.format, asked.depth, asked.threads)
+        table = [f"{name:30s} {size / 2**20:8.1f} MiB" for name, size in found.items()]
+        print(json.dumps(found) if asked.json else "\n".join(table))
         return 0
     best = fastest(str(checkpoint(asked.model)), asked.format, asked.depth, asked.threads, asked.steps)
     if asked.json:
@@ -81,6 +89,23 @@ def fastest(model: str, kv: str, depth: int, threads: int, steps: int) -> Profil
     seen = list(profiles(engine.decode, steps))
     operations = {op: min(one.operations[op] for one in seen) for op in seen[0].operations}
     return Profile(operations, min(one.outside for one in seen), seen[0].calls)
+
+
+def memory(model: str, kv: str, depth: int, threads: int) -> dict[str, int]:
+    """Return the resident bytes of each kind: what torch's import takes, then what is on top of it."""
+    torch.get_num_threads()  # imports it
+    imported = sum(item.anonymous for item in mapped())
+    engine, _ = start(model, kv, depth + 16, 1, threads)
+    engine.fill(depth, 1)
+    engine.decode(4)
+    found = {"torch, numpy and Python": imported, "weights, rows, states, a step": -imported}
+    for item in mapped():
+        found["weights, rows, states, a step"] += item.anonymous
+        if item.resident > item.anonymous:
+            name = item.file.rpartition("/")[2]
+            found[name] = found.get(name, 0) + item.resident - item.anonymous
+    largest = dict(sorted(found.items(), key=lambda pair: -pair[1])[:8])
+    return {**largest, "other files": sum(found.values()) - sum(largest.values()), "all": sum(found.values())}
 
 
 def profiles(decode: Callable[[int], list[float]], steps: int) -> Generator[Profile]:

@@ -11,7 +11,13 @@
 //
 // Bytes move once, from memory through a decoder into registers: scales of rows are multiplied into scores and
 // weights, not into numbers, and the lines that a row needs are fetched AHEAD blocks before it is their turn.
+#ifdef _OPENMP
 #include <omp.h>
+#else
+inline int omp_get_max_threads() { return 1; }
+inline int omp_get_num_threads() { return 1; }
+inline int omp_get_thread_num() { return 0; }
+#endif
 #include <sched.h>
 
 #include <algorithm>

@@ -77,6 +77,6 @@ int main() {
     for (const int code : {ISA::PLAIN16, ISA::INT8, ISA::LM4})
       good &= check(FORMATS[code].name, Field(code, dim, dim == 128), Field(code, dim, dim == 128), nullptr, dim == 64 ? 50 : 0);
   Field rotary(ISA::PLAIN16, 64, 0);
-  for (const int code : {ISA::PLAIN16, ISA::INT8}) good &= check("latent", Field(code, 512, 0), Field(code, 512, 0), &rotary, 0);
+  for (const int code : {ISA::PLAIN16, ISA::E4M3, ISA::INT8, ISA::LM4, ISA::Q8_0}) good &= check("latent", Field(code, 512, 0), Field(code, 512, 0), &rotary, 0);
   return !good;
 }

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import huggingface_hub
 import huggingface_hub.utils
 import pytest
-import safetensors
 import torch
 from safetensors.torch import save_file
 
@@ -281,7 +280,7 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("a tensor was read before the check")
 
-    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    monkeypatch.setattr("truekv.models.stored.StoredTensors.__getitem__", refuse)
 
 
 NORM = "model.norm.weight"
@@ -545,11 +544,12 @@ def test_a_bar_appears_only_when_loading_is_slow(
     save_file(random_weights(tmp_path), tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(str(tmp_path))
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr("truekv.models.weights.time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("truekv.models.stored.time", SimpleNamespace(monotonic=lambda: 0.0))
     checkpoint.load("float32")
     assert "loading weights" not in capsys.readouterr().err
     ticks = iter(range(0, 3000, 3))
-    monkeypatch.setattr("truekv.models.weights.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr("truekv.models.stored.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     checkpoint.load("float32")
     out, err = capsys.readouterr()
     assert "loading weights" in err

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
 from truekv.core.protocols import Stored
-from truekv.memory.untouched import untouched
+from truekv.core.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
-from truekv.memory.untouched import untouched
+from truekv.core.untouched import untouched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,11 +71,12 @@ class StateLayer:
 
         def slab(slab: Slab, *leading: int) -> torch.Tensor:
             kind = getattr(torch, dtype if slab.dtype == "model" else slab.dtype)
-            data = untouched((*leading, *slab.shape), kind, device)
+            data = untouched((*leading, *slab.shape), kind, device, piece=_slab_bytes(slab, dtype))
             return data.fill_(math.nan) if poison else data
 
         self.state = {item.name: slab(item, slots + checkpoints) for item in layer.state}
         self.log = {item.name: slab(item, slots, drafts) for item in layer.log}
+        self._zero = set[int]() if poison else set(range(slots))
         self.folded = torch.full((slots + checkpoints,), -1, dtype=torch.int64, device=device)
 
     def scan(self, inputs: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], step: Step) -> torch.Tensor:
@@ -94,13 +95,21 @@ class StateLayer:
         return out
 
     def open(self, slot: int) -> None:
-        """Zero a slot: a sequence starts from no tokens, not from whatever was there."""
+        """Zero a slot: a sequence starts from no tokens, not from whatever was there.
+
+        One that nothing was ever written to is zero, and takes no memory as long as that is so.
+        """
+        if slot in self._zero:
+            self._zero.remove(slot)
+            self.folded[slot] = 0
+            return
         for slab in self.state.values():
             slab[slot] = 0
         self.folded[slot] = 0
 
     def copy(self, source: int, target: int) -> None:
         """Copy a state, and how many tokens are in it, from a slot or saved row to another."""
+        self._zero.discard(target)
         for slab in (*self.state.values(), self.folded):
             slab[target] = slab[source]
 

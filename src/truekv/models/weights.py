@@ -9,27 +9,25 @@ import json
 import math
 import os
 import re
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 from truekv.core.config import Config
-from truekv.core.errors import Corrupted, Refused
+from truekv.core.errors import Refused
 from truekv.core.folder import members
 from truekv.core.lazy import torch
 from truekv.core.weights import Weights
 from truekv.kernels.reference.ops import OPS as REFERENCE
 from truekv.models.headers import MAX_CONFIG_BYTES, TensorHeader, listed, quoted, read_headers, read_json, some
+from truekv.models.stored import LOADABLE, StoredTensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from truekv.core.ops import Ops
     from truekv.core.protocols import Architecture, Family, Model
 
-# Weights that a forward pass can use as they are: converted to the compute dtype, never dequantized.
-_LOADABLE: Final = ("F64", "F32", "F16", "BF16")
 _METADATA_FILES: Final = ["*.json", "*.jinja"]
 _QUANTIZED: Final = ("quantization_config", "compression_config")
 # Enough 256-byte samples per file to tell a fine-tune from its base, few enough to cost nothing.
@@ -146,7 +144,7 @@ class Checkpoint:
         dtypes = [
             f"{quoted(name)} is stored as {item.dtype}, not as a float of 16 bits or more"
             for name, _, item in there
-            if item.dtype not in _LOADABLE
+            if item.dtype not in LOADABLE
         ]
         faults = [
             f"{listed(names)} {what}" for names, what in ((missing, "missing"), (unexpected, "unexpected")) if names
@@ -166,6 +164,7 @@ class Checkpoint:
     def load(self, dtype: str = "auto", ops: Ops = REFERENCE, device: torch.device | str = "cpu") -> Model:
         """Check, read and convert every weight to `dtype` on a device, and build the model on a backend's operations.
 
+        A weight is read when the model takes it, so that no more than one layer's are ever held twice.
         Parameters that the architecture lists in `float32` (regular expressions, full match) keep
         that precision. Raises Corrupted for a weight that is NaN or infinite.
         """
@@ -173,16 +172,18 @@ class Checkpoint:
         patterns: tuple[str, ...] = getattr(self.architecture, "float32", ())
         exact = _any_of(patterns)
         compute = getattr(torch, self.compute_dtype(dtype))
-        weights: dict[str, torch.Tensor] = {}
-        for name, stored in _tensors(self.directory, {name: self.headers[name] for name in self.tensors}):
-            # A copy even when the dtype is right: a mapped file that shrinks later would kill the process.
-            tensor = stored.to(device, torch.float32 if exact.fullmatch(name) else compute, copy=True)
-            if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
-                raise Corrupted(f"{self.directory}: weight {quoted(name)} holds NaN or infinity; download it again")
-            weights[name] = tensor
-        held = Weights(weights, ops)
-        weights.clear()
-        return self.architecture.build(held)
+
+        def kept(name: str) -> torch.dtype:
+            return torch.float32 if exact.fullmatch(name) else compute
+
+        headers = {name: self.headers[name] for name in self.tensors}
+        with StoredTensors(self.directory, headers, kept, device) as stored:
+            weights = Weights(stored, ops, torch.device(device))
+            model = self.architecture.build(weights)
+            # What a model has no use for must be sound as well: it tells of a damaged file.
+            for name in list(weights):
+                weights.take(name)
+        return model
 
 
 def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
@@ -253,28 +254,3 @@ def _download(model: str, patterns: list[str]) -> Path:
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
         reason = f"the hub could not be reached or did not answer ({first[:200]})"
     raise Refused(f"{quoted(model)} is not a directory here, and cannot be downloaded: {reason}")
-
-
-def _tensors(directory: Path, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor in the order of the files; a bar appears when this takes over two seconds."""
-    from rich.console import Console
-    from rich.progress import Progress
-    from safetensors import SafetensorError, safe_open
-
-    files: dict[str, list[str]] = {}
-    for name, item in sorted(headers.items(), key=lambda pair: (pair[1].file, pair[1].start)):
-        files.setdefault(item.file, []).append(name)
-    console = Console(stderr=True)
-    began, done, total = time.monotonic(), 0, sum(item.end - item.start for item in headers.values())
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading weights", total=total, visible=False)
-        for file, names in files.items():
-            try:
-                opened: Any = safe_open(directory / file, framework="pt")
-                with opened as source:
-                    for name in names:
-                        yield name, source.get_tensor(name)
-                        done += headers[name].end - headers[name].start
-                        bar.update(task, completed=done, visible=time.monotonic() - began > 2)
-            except (SafetensorError, OSError) as error:
-                raise Corrupted(f"{directory / file} cannot be read any more ({error}); download it again") from None

@@ -13,6 +13,7 @@ from truekv.core.device import choose_device
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
+from truekv.core.resident import release
 from truekv.kernels.table import CUDA, NATIVE, TRITON
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def build(blueprint: Blueprint) -> Engine:
         step_tokens=options.max_num_batched_tokens,
         draft_room=drafter.room if drafter else 0,
     )
-    return Engine(
+    engine = Engine(
         runner,
         schedule,
         blueprint.tokenizer,
@@ -164,6 +165,8 @@ def build(blueprint: Blueprint) -> Engine:
         drafting=drafter,
         observer=Sentinel(model, arena) if options.sentinel else None,
     )
+    release()
+    return engine
 
 
 def captures(options: EngineOptions, kernels: Kernels, device: torch.device) -> bool:
