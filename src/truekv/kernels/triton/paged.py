@@ -94,7 +94,7 @@ def attend(
     framed = [
         _into_frame(query, item, row, scale) for query, item, row in zip(queries, scored, layouts_of, strict=True)
     ]
-    options = attend_options((*layouts_of, row_v), group * longest)
+    options = attend_options((*layouts_of, row_v), group * longest, arch(device))
     tiles = triton.cdiv(group * longest, options.queries)
     span = span_keys(tiles)
     spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, span)
