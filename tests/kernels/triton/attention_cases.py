@@ -11,14 +11,16 @@ from truekv.kernels.triton.attention import attend_kernel
 from truekv.kernels.triton.encode import store_kernel
 from truekv.kernels.triton.frames import merge_kernel, query_kernel
 from truekv.kernels.triton.layout import Row
-from truekv.kernels.triton.tiles import SPAN, attend_options, operand
+from truekv.kernels.triton.tiles import attend_options, operand
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PAGE: Final = 32
 _TYPES: Final = {tl.float32: "*fp32", tl.float16: "*fp16", tl.bfloat16: "*bf16"}
-_STEP: Final = dict.fromkeys("gather position count pages owner offset page line".split(), "*i64")
+_STEP: Final = dict.fromkeys("gather position count pages owner offset page line".split(), "*i64") | {
+    "span_keys": "i32"
+}
 
 
 def _case(name: str, kernel: Any, known: Mapping[str, Any], constexprs: Mapping[str, Any], **settings: Any) -> Case:
@@ -30,7 +32,7 @@ def _case(name: str, kernel: Any, known: Mapping[str, Any], constexprs: Mapping[
     divisible = tuple(
         item
         for item, kind in signature.items()
-        if kind.startswith("*") or item.endswith(("_bytes", "_stride")) or item in {"tokens", "rows"}
+        if kind.startswith("*") or item.endswith(("_bytes", "_stride")) or item in {"tokens", "rows", "span_keys"}
     )
     return Case(name, kernel, signature, constants, divisible=divisible, **settings)
 
@@ -70,7 +72,6 @@ def attend_case(
             "HEADS": heads,
             "GROUP": group,
             "PAGE_TOKENS": PAGE,
-            "SPAN": SPAN,
             "OPERAND": operand(keys),
             "OPERAND2": operand(rope) if rope else None,
             "OPERAND_V": operand(averaged),
@@ -133,7 +134,6 @@ def merge_case(row: Row, *, heads: int = 8, group: int = 8) -> Case:
             "ROW": row,
             "HEADS": heads,
             "GROUP": group,
-            "SPAN": SPAN,
             "WINDOWED": False,
             "BLOCK_R": 16,
             "BLOCK_D": 16,

@@ -70,7 +70,7 @@ def test_nothing_is_spilled_and_shared_memory_suffices(gate: Any) -> None:
         (name, level): gate.Found(row["registers"], row["shared"], 0, row.get("local", 0)) for name, level, row in rows
     }
     assert not [text for (name, level), one in found.items() for text in gate.faults(name, level, one)]
-    assert gate.SPILLED == {pair for pair, one in found.items() if one.local}
+    assert {pair for pair, one in found.items() if one.local} == gate.SPILLED
     assert all(level == 80 for _, level in gate.SPILLED)
     (pair, good), *_ = found.items()
     assert "local memory" in gate.faults(*pair, good._replace(local=1))[0]

@@ -47,13 +47,13 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     longest,
     width,
     window,
+    span_keys,
     ROW: tl.constexpr,
     ROW2: tl.constexpr,
     ROW_V: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
     OPERAND: tl.constexpr,
     OPERAND2: tl.constexpr,
     OPERAND_V: tl.constexpr,
@@ -75,8 +75,8 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     position_M = start + chunk_M
     first_chunk = tl.program_id(0) * BLOCK_M // GROUP
     last_chunk = tl.minimum(((tl.program_id(0) + 1) * BLOCK_M - 1) // GROUP, new - 1)
-    low = tl.program_id(2) * SPAN
-    high = tl.minimum(low + SPAN, start + last_chunk + 1)
+    low = tl.program_id(2) * span_keys
+    high = tl.minimum(low + span_keys, start + last_chunk + 1)
     if WINDOWED:
         low = tl.maximum(low, (start + first_chunk - window + 1) // BLOCK_N * BLOCK_N)
     if (first_chunk >= new) | (low >= high):
