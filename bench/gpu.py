@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from bench.gpu_decode import DESCRIPTIONS, MODELS, Drawn, asks, decode, fits, forget
 from bench.machine import FOLDER
@@ -57,7 +57,7 @@ Result = dict[str, Any]
 class Size:
     """How much is measured, and where."""
 
-    device: str = "cuda"
+    device: Literal["cuda", "cpu"] = "cuda"
     least: int = 1 << 30
     """Bytes that one launch moves at least."""
     rounds: int = 20

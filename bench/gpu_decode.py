@@ -12,7 +12,7 @@ import gc
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from unittest import mock
 
 from bench.checkpoints import CONFIGS
@@ -82,9 +82,13 @@ class Ask:
 class Drawn:
     """A model with random weights that were drawn on its device."""
 
-    def __init__(self, name: str, config: dict[str, Any], device: str, dtype: Precision = "bfloat16") -> None:
+    def __init__(
+        self, name: str, config: dict[str, Any], device: Literal["cuda", "cpu"], dtype: Precision = "bfloat16"
+    ) -> None:
         """Draw every tensor, once for all formats, with the operations that one of them has."""
-        self.name, self.device, self.dtype = name, device, dtype
+        self.name = name
+        self.device: Literal["cuda", "cpu"] = device
+        self.dtype: Precision = dtype
         architecture = understand(Config(dict(config)))
         self.drafting = bool(config.get("mtp_num_hidden_layers"))
         self.architecture: Architecture = architecture.with_draft_head() if self.drafting else architecture
@@ -175,7 +179,7 @@ def decode(drawn: Drawn, ask: Ask, steps: int, warm: int = 3) -> dict[str, Any]:
         laid.append(time.perf_counter() - begin)
         with torch.inference_mode():
             hidden_TC = (graphs or eager)(step)
-            best = drawn.model.logits(hidden_TC).argmax(-1).tolist()
+            best = cast("list[int]", drawn.model.logits(hidden_TC).argmax(-1).tolist())
         assert len(best) == ask.batch * (1 + drafts)
         if predictor:
             rows = [Row(item, item.position, [1], [index * (1 + drafts)], drafts) for index, item in enumerate(held)]

@@ -6,7 +6,7 @@ kv4's bytes, so that only the pattern differs.
 """
 
 # ruff: noqa: ANN001, ANN201, PLR0917
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Arguments of the kernel have Triton's types.
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_whatever_grows_is_named(gate: Any) -> None:
 
 
 def test_nothing_is_spilled_and_shared_memory_suffices(gate: Any) -> None:
-    """For every kernel and both GPUs, as the table has it; the exceptions are few, and for the older one."""
+    """For every kernel and both GPUs, as the table has it."""
     rows = [
         (name, int(key[3:]), row) for name, levels in TABLE.items() if name != "triton" for key, row in levels.items()
     ]
@@ -70,8 +70,6 @@ def test_nothing_is_spilled_and_shared_memory_suffices(gate: Any) -> None:
         (name, level): gate.Found(row["registers"], row["shared"], 0, row.get("local", 0)) for name, level, row in rows
     }
     assert not [text for (name, level), one in found.items() for text in gate.faults(name, level, one)]
-    assert {pair for pair, one in found.items() if one.local} == gate.SPILLED
-    assert all(level == 80 for _, level in gate.SPILLED)
     (pair, good), *_ = found.items()
     assert "local memory" in gate.faults(*pair, good._replace(local=1))[0]
     assert "shared memory" in gate.faults(*pair, good._replace(shared=1 << 20))[0]
