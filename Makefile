@@ -19,10 +19,13 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# For a machine with a GPU: the kernels on the device, and how fast they are (bench/RESULTS-gpu.md).
+# For a machine with a GPU: the kernels on the device, and how fast they are (bench/RESULTS-gpu.md). Most of the tests'
+# time goes into compiling, hence the processes; what they compiled stays in build/triton. QUICK=--quick: minutes less.
+gpu: export TRITON_INTERPRET := 0
+gpu: export TRITON_CACHE_DIR := $(CURDIR)/build/triton
 gpu: $(VENV)/.test
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/gpu
-	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m pytest -m gpu -n 8 --durations=10 tests/gpu
+	$(BIN)/python -m bench.gpu $(QUICK)
 
 # Every Triton kernel compiled for two GPUs and compared with a table, or with WRITE=--write taken into it: minutes.
 triton-gate: $(VENV)/.test

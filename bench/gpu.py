@@ -2,25 +2,29 @@
 
 Every launch that is measured moves at least a gigabyte, so no cache holds it, and is timed with CUDA events. The
 ceiling is a copy from device memory to device memory in the same run: bytes read and written, per second.
+
+Kernels are compiled first, by several processes at once. Every result is kept as soon as it is there
+(build/bench/gpu.jsonl), and the page is written anew after each part, so a run that is cut off leaves what it had.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from bench.checkpoints import DESCRIPTIONS, checkpoint
+from bench.gpu_decode import DESCRIPTIONS, MODELS, Drawn, asks, decode, fits, forget
 from bench.machine import FOLDER
-from truekv import LLM, SamplingParams
 from truekv.core.batch import Sequence
 from truekv.core.device import choose_device
 from truekv.core.errors import Refused
@@ -35,36 +39,51 @@ from truekv.memory.plan import PAGE_TOKENS, plan
 from truekv.memory.states import StateLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from collections.abc import Sequence as Seq
 
     from truekv.core.spec import LayerSpec
 
 RESULTS: Final = Path(__file__).parent / "RESULTS-gpu.md"
-LEAST: Final = 1 << 30
-"""Bytes that one launch moves at least."""
-ROUNDS: Final = 20
-PROMPT: Final = 512
-ANSWER: Final = 64
+KINDS: Final = ("bf16", "fp8_e4m3", "int8", "kv4")
+BUDGET: Final = 64 << 30
+"""Bytes of cache into which as many sequences are put as fit."""
+COMPILERS: Final = 8
+
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement."""
+class Size:
+    """How much is measured, and where."""
 
-    what: str
-    milliseconds: float
-    gigabytes: float
-    """Moved by a launch, 10^9."""
-    share: float
-    """Of the copy ceiling."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    least: int = 1 << 30
+    """Bytes that one launch moves at least."""
+    rounds: int = 20
+    batch: int = 64
+    scans: tuple[int, ...] = (64, 256)
+    depths: tuple[int, ...] = (8192, 65536)
+    batches: tuple[int, ...] = (1, 16, 64)
+    steps: int = 16
+    dtype: str = "bfloat16"
 
 
-def timed(run: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Return the median seconds of a launch, by CUDA events, after two that are not counted."""
+TOY: Final = Size("cpu", 1 << 12, 2, 2, (2,), (64,), (1, 2), 3, "float32")
+
+
+def timed(run: Callable[[], object], size: Size) -> float:
+    """Return the median seconds of a launch after two that are not counted, on a device by its events."""
     for _ in range(2):
         run()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    if size.device == "cpu":
+        seconds: list[float] = []
+        for _ in range(size.rounds):
+            begin = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(size.rounds)]
     for start, end in events:
         start.record()
         run()
@@ -73,22 +92,29 @@ def timed(run: Callable[[], object], rounds: int = ROUNDS) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
-class Ceiling:
-    """What the device copies."""
+def ceiling(size: Size) -> float:
+    """Return the bytes per second that the device copies, read and written."""
+    source = torch.ones(size.least // 4, device=size.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed(lambda: target.copy_(source), size)
 
-    def __init__(self) -> None:
-        """Copy two gigabytes."""
-        source = torch.ones(LEAST // 4, device="cuda")
-        target = torch.empty_like(source)
-        self.rate = 2 * source.nbytes / timed(lambda: target.copy_(source))
-        """Bytes per second, read and written."""
 
-    def row(self, what: str, moved: int, run: Callable[[], object]) -> Row:
-        """Measure a launch that moves so many bytes."""
-        if moved < LEAST:
-            raise AssertionError(f"{what} moves {moved} bytes, but a cache may hold less than {LEAST}")
-        seconds = timed(run)
-        return Row(what, seconds * 1e3, moved / 1e9, moved / seconds / self.rate)
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Something that is measured."""
+
+    what: str
+    moved: int
+    """Bytes."""
+    run: Callable[[], object]
+
+    def measure(self, size: Size, rate: float) -> Result:
+        """Time it."""
+        if self.moved < size.least:
+            raise AssertionError(f"{self.what} moves {self.moved} bytes, but a cache may hold less than {size.least}")
+        seconds = timed(self.run, size)
+        share = self.moved / seconds / rate
+        return {"what": self.what, "ms": seconds * 1e3, "gb": self.moved / 1e9, "share": share}
 
 
 def gqa(heads: int, dim: int) -> Paged:
@@ -104,35 +130,63 @@ SHAPES: Final = (
 )
 
 
-def attention(
-    ceiling: Ceiling, name: str, heads: int, layer: Paged, kv: str, batch: int = 64, backend: str = "auto"
-) -> Row:
-    """Attend with one new token of each of `batch` sequences, as deep as makes a launch large enough."""
-    memory, spec = _memory(layer, kv)
-    per_token = sum(
-        item.heads * sum(chosen.planes(item.dim)) for item, chosen in zip(layer.fields, memory, strict=True)
-    )
-    pages = max(16, -(-LEAST // (batch * per_token * PAGE_TOKENS)) + 1)
-    planned = plan(spec, [memory], max_model_len=pages * PAGE_TOKENS, max_num_seqs=batch, dtype="bfloat16")
-    arena = Arena(spec, planned, select(spec, [memory], (), backend, "cuda"), check_finite=False, device="cuda")
-    (held,) = arena.layers
-    assert isinstance(held, PagedLayer)
-    _fill(arena, held)
-    shuffled = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0))
-    order = cast("list[int]", shuffled.tolist())
-    rows = [
-        (Sequence(pages=order[row * pages : (row + 1) * pages], slot=row), pages * PAGE_TOKENS - 1, [0], 0)
-        for row in range(batch)
-    ]
-    step = lay_out(rows, PAGE_TOKENS, arena.device)
-    dims = [item.dim for item in layer.fields if item.role != "value"]
-    queries = tuple(torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16) for dim in dims)
-    moved = batch * pages * PAGE_TOKENS * per_token
-    return ceiling.row(
-        f"attention {name}, {kv} in {arena.kernels.backend}, {batch} x {pages * PAGE_TOKENS}",
-        moved,
-        lambda: arena.kernels.attend(queries, held.stored, 0.1, None, step),
-    )
+class Attention:
+    """A layer's memory full of rows, and one new token of each sequence."""
+
+    def __init__(self, layer: Paged, heads: int, kv: str, size: Size, backend: str = "auto") -> None:
+        """Fill sequences as deep as makes a launch large enough."""
+        formats, spec = _memory(layer, kv)
+        batch = size.batch
+        self.token_bytes = sum(
+            item.heads * sum(chosen.planes(item.dim)) for item, chosen in zip(layer.fields, formats, strict=True)
+        )
+        pages = max(16, -(-size.least // (batch * self.token_bytes * PAGE_TOKENS)) + 1)
+        self.depth = pages * PAGE_TOKENS
+        planned = plan(spec, [formats], max_model_len=self.depth, max_num_seqs=batch, dtype="bfloat16")
+        self.arena = Arena(spec, planned, select(spec, [formats], (), backend, size.device), device=size.device)
+        (held,) = self.arena.layers
+        assert isinstance(held, PagedLayer)
+        self.stored = held.stored
+        _fill(self.arena, held)
+        shuffled = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0))
+        order = cast("list[int]", shuffled.tolist())
+        rows = [
+            (Sequence(pages=order[row * pages : (row + 1) * pages], slot=row), self.depth - 1, [0], 0)
+            for row in range(batch)
+        ]
+        self.step = lay_out(rows, PAGE_TOKENS, self.arena.device)
+        dims = [item.dim for item in layer.fields if item.role != "value"]
+        self.queries = tuple(_normal((batch, heads, dim), size) for dim in dims)
+
+    def __call__(self) -> object:
+        """Attend."""
+        return self.arena.kernels.attend(self.queries, self.stored, 0.1, None, self.step)
+
+
+def _normal(shape: tuple[int, ...], size: Size) -> torch.Tensor:
+    return torch.randn(shape, device=size.device).to(getattr(torch, size.dtype))
+
+
+def attention(name: str, heads: int, layer: Paged, kv: str, size: Size, backend: str = "auto") -> Launch:
+    """Attend with one new token of each sequence."""
+    held = Attention(layer, heads, kv, size, backend)
+    moved = size.batch * held.depth * held.token_bytes
+    return Launch(f"attention {name}, {kv} in {held.arena.kernels.backend}, {size.batch} x {held.depth}", moved, held)
+
+
+def gathered(size: Size, heads: int = 32) -> Launch:
+    """Attend to the same kv4 rows as vLLM's TurboQuant does."""
+    from bench import gpu_peers
+
+    held = Attention(gqa(8, 128), heads, "kv4", size)
+    fields = held.stored
+    framed = fields[0].frame.query(held.queries[0].float()).contiguous()
+
+    def run() -> torch.Tensor:
+        return gpu_peers.gathered(framed, fields, 0.1, held.step)
+
+    moved = size.batch * held.depth * held.token_bytes
+    return Launch(f"vLLM's access pattern 32q/8kv d128, kv4, {size.batch} x {held.depth}", moved, run)
 
 
 def _memory(layer: LayerSpec, kv: str) -> tuple[tuple[Any, ...], ModelSpec]:
@@ -145,22 +199,40 @@ def _fill(arena: Arena, held: PagedLayer) -> None:
     """Store random rows in the first page, and copy its bytes to all others."""
     step = lay_out([(Sequence(pages=[0], slot=0), 0, [0] * PAGE_TOKENS, 0)], PAGE_TOKENS, arena.device)
     for stored in held.stored:
-        rows = torch.randn(PAGE_TOKENS, stored.field.heads, stored.field.dim, device="cuda", dtype=torch.bfloat16)
+        rows = torch.randn(PAGE_TOKENS, stored.field.heads, stored.field.dim, device=arena.device)
         arena.kernels.store(stored, rows, step)
     held.data[1:] = held.data[0]
 
 
-def sdpa(ceiling: Ceiling, batch: int = 64, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Row:
-    """Torch's own attention over dense bf16 rows, as a peer."""
-    depth = -(-LEAST // (batch * kv_heads * dim * 4))
-    query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(batch, kv_heads, depth, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return ceiling.row(
-        f"torch SDPA {heads}q/{kv_heads}kv d{dim}, bf16, {batch} x {depth}",
-        k.nbytes + v.nbytes,
-        lambda: attend(query, k, v, enable_gqa=True),
-    )
+def peer(name: str, size: Size, heads: int = 32, kv_heads: int = 8, dim: int = 128) -> Launch:
+    """Another attention over dense bf16 rows; Refused where it is not installed."""
+    from bench import gpu_peers
+
+    package, make = gpu_peers.PEERS[name]
+    if gpu_peers.missing(package):
+        raise Refused(f"{name} is left out: the package {package} is not installed")
+    batch = size.batch
+    depth = -(-size.least // (batch * kv_heads * dim * 4) // 16) * 16 + 16
+    query = _normal((batch, heads, 1, dim), size)
+    k, v = (_normal((batch, kv_heads, depth, dim), size) for _ in range(2))
+    what = f"{name} {heads}q/{kv_heads}kv d{dim}, {size.dtype}, {batch} x {depth}"
+    return Launch(what, k.nbytes + v.nbytes, make(query, k, v))
+
+
+def fla(size: Size, batch: int, heads: int = 32, dim: int = 128) -> Launch:
+    """One token of fla-core's gated delta rule; Refused where it is not installed."""
+    from bench import gpu_peers
+
+    if gpu_peers.missing("fla"):
+        raise Refused("fla-core is left out: the package fla is not installed")
+    one = 2 * 4 * batch * heads * dim * dim
+    runs = [gpu_peers.fla(batch, heads, dim, size.device) for _ in range(max(1, -(-size.least // one)))]
+
+    def run() -> None:
+        for each in runs:
+            each()
+
+    return Launch(f"fla gated delta rule, {batch} rows, {len(runs)} layers", one * len(runs), run)
 
 
 def recurrent(rule: str) -> Recurrent:
@@ -174,23 +246,24 @@ def recurrent(rule: str) -> Recurrent:
     return Recurrent(rule, (), slabs, entries)
 
 
-def scan(ceiling: Ceiling, rule: str, batch: int) -> Row:
+def scan(rule: str, batch: int, size: Size) -> Launch:
     """Carry the states of `batch` sequences over one token, layer by layer, until a launch's worth is moved."""
     layer = recurrent(rule)
     memory, spec = _memory(layer, "bf16")
     planned = plan(spec, [memory], max_model_len=PAGE_TOKENS, max_num_seqs=batch, dtype="bfloat16")
-    kernels = select(spec, [memory], device="cuda")
+    kernels = select(spec, [memory], device=size.device)
     one = 2 * 4 * batch * layer.state[0].shape[0] * layer.state[0].shape[1] * layer.state[0].shape[2]
-    arenas = [Arena(spec, planned, kernels, check_finite=False, device="cuda") for _ in range(max(1, -(-LEAST // one)))]
+    count = max(1, -(-size.least // one))
+    arenas = [Arena(spec, planned, kernels, check_finite=False, device=size.device) for _ in range(count)]
     rows = [(Sequence(pages=[0], slot=row), 0, [0], 0) for row in range(batch)]
     step = lay_out(rows, PAGE_TOKENS, arenas[0].device)
     heads, channels = layer.state[0].shape[0], layer.log[0].shape[0]
-    inputs = {"conv": torch.randn(batch, channels, device="cuda", dtype=torch.bfloat16)}
-    inputs |= {item.name: torch.rand(batch, heads, device="cuda") for item in layer.log[1:]}
+    inputs = {"conv": torch.randn(batch, channels, device=size.device).bfloat16()}
+    inputs |= {item.name: torch.rand(batch, heads, device=size.device) for item in layer.log[1:]}
     if "decay" in inputs:
         inputs["decay"] = -inputs["decay"]
-    taps = torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16)
-    weights = {"conv": taps, "A": -torch.rand(heads, device="cuda"), "D": torch.rand(heads, device="cuda")}
+    taps = torch.randn(channels, 4, device=size.device).bfloat16()
+    weights = {"conv": taps, "A": -torch.rand(heads, device=size.device), "D": torch.rand(heads, device=size.device)}
 
     def run() -> None:
         for arena in arenas:
@@ -198,39 +271,86 @@ def scan(ceiling: Ceiling, rule: str, batch: int) -> Row:
             assert isinstance(held, StateLayer)
             held.scan(inputs, weights, step)
 
-    return ceiling.row(f"{rule} step, {batch} rows, {len(arenas)} layers", one * len(arenas), run)
+    return Launch(f"{rule} step, {batch} rows, {len(arenas)} layers", one * len(arenas), run)
 
 
-def decode(name: str, kv: str, batch: int, capture: str) -> dict[str, Any]:
-    """Answer `batch` random prompts; tokens per second after the first token of each."""
-    options: dict[str, Any] = {"kv_cache_dtype": kv, "capture": capture, "max_num_seqs": batch}
-    # Every prompt is to be computed each time.
-    options |= {"enable_prefix_caching": False, "sentinel": False, "device": "cuda"}
-    llm = LLM(str(checkpoint(name)), max_model_len=PROMPT + ANSWER, **options)
-    make = torch.Generator().manual_seed(0)
-    drawn = torch.randint(4, 32000, (batch, PROMPT), generator=make)
-    prompts = cast("list[list[int]]", drawn.tolist())
-    seconds: dict[int, float] = {}
-    # Twice: kernels are compiled and steps captured the first time.
-    for count in (ANSWER, 1, ANSWER):
-        start = time.perf_counter()
-        llm.generate(prompts, SamplingParams(max_tokens=count, ignore_eos=True))
+Made = tuple[str, tuple[Any, ...]]
+
+
+def launches(size: Size, *, quick: bool) -> list[Made]:
+    """Name everything that is launched: a function of this module, and its arguments."""
+    found: list[Made] = [("attention", (*shape, kv, size)) for *shape, formats in SHAPES for kv in formats]
+    found += [("scan", (rule, batch, size)) for rule in ("gdn", "mamba2") for batch in size.scans]
+    if size.device == "cuda":
+        # Beside what auto takes on devices that have a kernel in CUDA C++ for such rows.
+        found += [("attention", (*shape, "kv4", size, "triton")) for *shape, _ in SHAPES[:2]]
+        found += [("gathered", (size,)), ("peer", ("torch SDPA", size)), ("peer", ("flashinfer", size))]
+        found += [("fla", (size, size.scans[0]))]
+        if not quick:
+            found.append(("peer", ("flex attention", size)))
+    return found
+
+
+def made(one: Made) -> Launch:
+    """Make a launch."""
+    name, arguments = one
+    return cast("Launch", globals()[name](*arguments))
+
+
+def compiled(one: Made) -> str:
+    """Launch once in a process of its own, which leaves compiled kernels to all others."""
+    try:
+        made(one).run()
         torch.cuda.synchronize()
-        seconds[count] = time.perf_counter() - start
-    rate = batch * (ANSWER - 1) / (seconds[ANSWER] - seconds[1])
-    del llm
-    gc.collect()
-    torch.cuda.empty_cache()
-    return {"model": name, "kv": kv, "batch": batch, "capture": capture, "rate": rate}
+    except Exception as error:  # noqa: BLE001 (what fails here fails again where it is measured, and is told there)
+        return f"{one[0]}: {error}"
+    return ""
 
 
-def describe() -> dict[str, str]:
+def measured(size: Size, rate: float, *, quick: bool) -> Iterator[Result]:
+    """Measure every launch; what cannot be launched says why."""
+    for one in launches(size, quick=quick):
+        try:
+            yield {"part": "launch", **made(one).measure(size, rate)}
+        except Exception as error:  # noqa: BLE001 (one that fails must not cost the others their numbers)
+            yield {"part": "missing", "what": f"{one[0]} {one[1][0]}", "why": str(error).splitlines()[0][:200]}
+        forget()
+
+
+def decoded(size: Size, configs: dict[str, dict[str, Any]], *, quick: bool) -> Iterator[Result]:
+    """Decode with every model, and say how many sequences fit."""
+    for name, config in configs.items():
+        drawn = Drawn(name, config, size.device, cast("Any", size.dtype))
+        every = asks(quick=quick, drafting=drawn.drafting, kinds=KINDS, depths=size.depths, batches=size.batches)
+        for ask in every:
+            try:
+                yield {"part": "decode", **decode(drawn, ask, size.steps)}
+            except Exception as error:  # noqa: BLE001 (likewise)
+                yield {"part": "missing", "what": f"{name} {ask}", "why": str(error).splitlines()[0][:200]}
+            forget()
+        del drawn
+        forget()
+
+
+def room() -> Iterator[Result]:
+    """Count the sequences that fit; needs no device."""
+    for name in MODELS:
+        for kv in KINDS:
+            counts = {str(depth): fits(name, kv, BUDGET, depth) for depth in Size().depths}
+            yield {"part": "fits", "model": name, "kv": kv, "sequences": counts}
+
+
+def describe(size: Size) -> Result:
     """Return what a reader needs to judge the numbers."""
     from importlib.metadata import version
 
-    found = cast("Any", torch.cuda.get_device_properties(0))  # pyright: ignore[reportUnknownMemberType]
+    name = "none: tiny sizes on a CPU, where no number means anything"
+    if size.device == "cuda":
+        found = cast("Any", torch.cuda.get_device_properties(0))  # pyright: ignore[reportUnknownMemberType]
+        name = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} processors"
     return {
-        "device": f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} processors",
+        "part": "machine",
+        "device": name,
         "torch": str(torch.__version__),
         "triton": version("triton"),
         "cuda": str(torch.version.cuda),
@@ -239,64 +359,104 @@ def describe() -> dict[str, str]:
     }
 
 
-def render(machine: dict[str, str], rate: float, rows: Seq[Row], decoded: Seq[dict[str, Any]]) -> str:
+def render(results: Seq[Result]) -> str:
     """Return the page."""
-    lines = [
-        "# Results on a GPU",
-        "",
-        "Written by `python -m bench.gpu`. Launches move at least 1 GiB each and are timed with CUDA events, the",
-        f"median of {ROUNDS}; the share is of what the device copies in the same run, read and written.",
-        "",
-        "; ".join(f"{name} {value}" for name, value in machine.items()),
-        "",
-        f"Copy: {rate / 1e9:,.0f} GB/s",
-        "",
-        "| launch | ms | GB | share of copy |",
-        "|---|---:|---:|---:|",
-        *(f"| {row.what} | {row.milliseconds:.3f} | {row.gigabytes:.2f} | {row.share:.0%} |" for row in rows),
-    ]
-    if decoded:
+
+    def of(part: str) -> list[Result]:
+        return [one for one in results if one["part"] == part]
+
+    lines = ["# Results on a GPU", "", "Written by `python -m bench.gpu`.", ""]
+    lines += ["; ".join(f"{name}: {value}" for name, value in one.items() if name != "part") for one in of("machine")]
+    lines += [f"\nCopy: {one['rate'] / 1e9:,.0f} GB/s, read and written." for one in of("copy")]
+    if launched := of("launch"):
         lines += [
-            "",
-            f"Decode after prompts of {PROMPT} random tokens, {ANSWER - 1} tokens each, tokens/s of all requests;",
-            f"random weights: {'; '.join(f'{name}: {text}' for name, text in DESCRIPTIONS.items())}.",
-            "",
-            "| model | cache | requests | captured | tokens/s |",
-            "|---|---|---:|---|---:|",
-            *(f"| {x['model']} | {x['kv']} | {x['batch']} | {x['capture']} | {x['rate']:,.0f} |" for x in decoded),
+            *("", "## Launches", "", "Each moves at least 1 GiB and is timed with events, the median of 20.", ""),
+            *("| launch | ms | GB | of copy |", "|---|---:|---:|---:|"),
+            *(f"| {one['what']} | {one['ms']:.3f} | {one['gb']:.2f} | {one['share']:.0%} |" for one in launched),
         ]
+    if steps := of("decode"):
+        lines += [
+            *("", "## Decode", "", f"Random weights in bf16: {'; '.join(map(': '.join, DESCRIPTIONS.items()))}."),
+            "A step is laid out on the host and run, and its likeliest tokens are read back. No draft is accepted:",
+            *("every draft that is adds as much again as the tokens/s that stand there.", ""),
+            "| model | cache | requests | depth | graphs | drafts | ms | of it layout | tokens/s | cache, GiB |",
+            "|---|---|---:|---:|---|---:|---:|---:|---:|---:|",
+            *(
+                f"| {x['model']} | {x['kv']} | {x['batch']} | {x['depth']:,} | {'yes' if x['captured'] else 'no'} "
+                f"| {x['drafts']} | {x['ms']:.2f} | {x['host_ms']:.2f} | {x['rate']:,.0f} | {x['cache_gib']:.2f} |"
+                for x in steps
+            ),
+        ]
+    if counted := of("fits"):
+        depths = list(counted[0]["sequences"])
+        lines += [
+            *("", f"## Sequences in {BUDGET >> 30} GiB of cache, from the plan", ""),
+            f"| model | cache | {' | '.join(f'of {int(depth):,} tokens' for depth in depths)} |",
+            f"|---|---|{'---:|' * len(depths)}",
+            *(
+                f"| {one['model']} | {one['kv']} | {' | '.join(str(one['sequences'][depth]) for depth in depths)} |"
+                for one in counted
+            ),
+        ]
+    if left := of("missing"):
+        lines += ["", "## Left out", "", *(f"- {one['what']}: {one['why']}" for one in left)]
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+class Kept:
+    """Results, each written down as soon as it is there."""
+
+    def __init__(self, folder: Path, page: Path) -> None:
+        """Start anew."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file, self._page = folder / "gpu.jsonl", page
+        self._file.write_text("")
+        self.results: list[Result] = []
+
+    def add(self, result: Result) -> None:
+        """Keep one."""
+        self.results.append(result)
+        with self._file.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        self._page.write_text(render(self.results))
+        print(json.dumps(result), flush=True)
+
+
+def run(
+    size: Size, kept: Kept, configs: dict[str, dict[str, Any]], *, quick: bool, engine: bool = True
+) -> list[Result]:
+    """Measure everything."""
+    kept.add(describe(size))
+    for one in room():
+        kept.add(one)
+    if size.device == "cuda":
+        began = time.perf_counter()
+        with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+            faults = [fault for fault in pool.map(compiled, launches(size, quick=quick)) if fault]
+        print(f"compiled in {time.perf_counter() - began:.0f} s", *faults, sep="\n", flush=True)
+    rate = ceiling(size)
+    kept.add({"part": "copy", "rate": rate})
+    for one in measured(size, rate, quick=quick):
+        kept.add(one)
+    if engine:
+        for one in decoded(size, configs, quick=quick):
+            kept.add(one)
+    return kept.results
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Measure and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernels-only", action="store_true", help="leave the engine out")
-    given = parser.parse_args()
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes of whole models: a few minutes")
+    parser.add_argument("--kernels-only", action="store_true", help="leave whole models out")
+    given = parser.parse_args(arguments)
     try:
         choose_device("cuda")
     except Refused as error:
         print(f"bench.gpu: {error}")
         return 2
-    ceiling = Ceiling()
-    rows: list[Row] = []
-    for name, heads, layer, formats in SHAPES:
-        rows += [attention(ceiling, name, heads, layer, kv) for kv in formats]
-    # Beside what auto takes on devices that have kernels in CUDA C++ for such rows.
-    rows += [attention(ceiling, name, heads, layer, "kv4", backend="triton") for name, heads, layer, _ in SHAPES[:2]]
-    rows += [sdpa(ceiling), *(scan(ceiling, rule, batch) for rule in ("gdn", "mamba2") for batch in (64, 256))]
-    decoded = [
-        decode(name, kv, batch, capture)
-        for name in (() if given.kernels_only else DESCRIPTIONS)
-        for kv in ("bf16", "int8")
-        for batch in (1, 16, 64)
-        for capture in ("off", "on")
-    ]
-    machine = describe()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "gpu.json").write_text(json.dumps({"machine": machine, "decode": decoded}))
-    RESULTS.write_text(render(machine, ceiling.rate, rows, decoded))
-    print(RESULTS.read_text())
+    os.environ.setdefault("TRITON_CACHE_DIR", str(FOLDER.parent / "triton"))
+    run(Size(), Kept(FOLDER, RESULTS), MODELS, quick=given.quick, engine=not given.kernels_only)
     return 0
 
 

@@ -196,6 +196,7 @@ def parts(engine: Engine) -> Generator[dict[str, float]]:
         ("layout", type(engine.runner.arena), "reserve"),
         ("model", type(engine.runner), "run"),
         ("answer", Answer, "after"),
+        ("sampling", Engine, "_drawn"),
         ("sampling", Sampler, "choose"),
         ("memory", type(engine.runner.arena), "advance"),
     ]

@@ -101,7 +101,8 @@ def test_speed_counts_only_where_guesses_change_no_token(
     monkeypatch: pytest.MonkeyPatch, other: list[int], *, refused: bool
 ) -> None:
     def start(_bench: Bench, _model: str, _context: int, **options: Any) -> Fake:
-        return Fake("", [], [7, 8], [1.0]) if "speculative_config" in options else Fake("", [], other, [1.5])
+        guesses = "speculative_config" in options
+        return Fake("", [], [7, 8] if guesses else other, [1.0 if guesses else 1.5] * 8)
 
     monkeypatch.setattr(Bench, "_truekv", start)
     if refused:

@@ -88,10 +88,14 @@ class Twins:
             chunks = [Chunk(self.held[index][side], tokens, drafts) for index, (tokens, drafts, _) in asked.items()]
             step = arena.reserve(chunks)
             with torch.inference_mode():
-                hidden.append(self.graphs(step) if side else self.model.forward(step, arena.layers))
+                hidden.append(self.graphs(step) if side else self.eagerly(step))
             for chunk, (tokens, drafts, accepted) in zip(chunks, asked.values(), strict=True):
                 arena.advance(chunk.sequence, len(tokens) - drafts + accepted)
         return hidden[0], hidden[1]
+
+    def eagerly(self, step: Step) -> torch.Tensor:
+        """Run a step as it is."""
+        return self.model.forward(step, self.eager.layers)
 
     def memories(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Every page and slot of every layer in both arenas, but those of the scratch."""

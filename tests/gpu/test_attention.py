@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from gpu.place import DEVICE
 from memory.toys import Toy, formats_of, gqa, make_arena, mla, random_tokens
 
 from truekv.core.batch import Chunk
@@ -31,9 +32,9 @@ def test_prefill_decode_and_verify(layer: Paged, name: str) -> None:
     if reason := paged.refusal(layer, formats):
         pytest.skip(reason)
     toy, moved = Toy((layer,), query_groups=8), Toy((layer,), query_groups=8)
-    moved.tables = [{key: rows.cuda() for key, rows in table.items()} for table in moved.tables]
+    moved.tables = [{key: rows.to(DEVICE) for key, rows in table.items()} for table in moved.tables]
     theirs = make_arena((layer,), name, drafts=3, backend="reference")
-    ours = make_arena((layer,), name, drafts=3, backend="triton", device="cuda")
+    ours = make_arena((layer,), name, drafts=3, backend="triton", device=DEVICE)
     pairs = [(theirs.open(), ours.open()) for _ in range(2)]
     tokens = random_tokens(260)
     for start, end, drafts in ((0, 200, 0), (200, 201, 0), (201, 205, 3), (205, 230, 0)):
@@ -48,7 +49,7 @@ def test_prefill_decode_and_verify(layer: Paged, name: str) -> None:
             arena.advance(pairs[0][side], end - start)
             arena.advance(pairs[1][side], 1)
     for stored in ours._paged():
-        assert stored.data.is_cuda
+        assert stored.data.device.type == DEVICE
     assert ours.kernels.calls[f"store[{formats[0].name}]"] >= 4
     ours.check()
     assert torch.isfinite(torch.cat(got)).all()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.place import DEVICE
 
 from truekv.core.ops import Expert, Part, Routing
 from truekv.kernels.reference.ops import OPS as REFERENCE
@@ -22,10 +23,10 @@ def alike(op: str, *arguments: Any, scale: float = 1.0, **options: Any) -> None:
     """Within 1e-5 of the largest number; bfloat16 within one unit in the last place besides."""
     theirs = getattr(REFERENCE, op)(*arguments, **options)
     ours = getattr(TRITON, op)(
-        *(item.cuda() if isinstance(item, torch.Tensor) else item for item in arguments), **options
+        *(item.to(DEVICE) if isinstance(item, torch.Tensor) else item for item in arguments), **options
     )
     for out, expected in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (ours, theirs)), strict=True):
-        assert out.is_cuda
+        assert out.device.type == DEVICE
         assert out.dtype == expected.dtype
         tolerance = 1e-5 * scale * float(expected.double().abs().max())
         if expected.dtype == torch.bfloat16:
@@ -68,8 +69,8 @@ def test_experts(count: int, tokens: int, dtype: torch.dtype) -> None:
     x = random(tokens, 128, seed=1, dtype=dtype)
     weights, chosen = REFERENCE.route(random(tokens, count, seed=2), None, Routing(count, 4))
     expected = REFERENCE.experts(count, layer, "swiglu")(x, weights, chosen)
-    moved = [Expert((one.first[0].cuda(),), one.down.cuda()) for one in layer]
-    got = TRITON.experts(count, moved, "swiglu")(x.cuda(), weights.cuda(), chosen.cuda())
+    moved = [Expert((one.first[0].to(DEVICE),), one.down.to(DEVICE)) for one in layer]
+    got = TRITON.experts(count, moved, "swiglu")(x.to(DEVICE), weights.to(DEVICE), chosen.to(DEVICE))
     allowed = float(expected.abs().max()) * (1e-5 if dtype == torch.float32 else 2e-2)
     assert float((got.cpu().float() - expected.float()).abs().max()) <= allowed
 
@@ -78,7 +79,7 @@ def test_experts(count: int, tokens: int, dtype: torch.dtype) -> None:
 def test_linear_maps(dtype: torch.dtype) -> None:
     parts = [Part(random(out, 256, seed=out, dtype=dtype)) for out in (64, 48)]
     x = random(5, 256, dtype=dtype)
-    got = TRITON.matrix([Part(part.weight.cuda()) for part in parts])(x.cuda(), widened=True).cpu()
+    got = TRITON.matrix([Part(part.weight.to(DEVICE)) for part in parts])(x.to(DEVICE), widened=True).cpu()
     exact = x.double() @ torch.cat([part.weight for part in parts]).double().T
     assert float((got.double() - exact).abs().max()) <= float(exact.abs().max()) * (
         1e-5 if dtype == torch.float32 else 1e-2

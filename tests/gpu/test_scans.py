@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
+from gpu.place import DEVICE
 from kernels.scans import SLOTS, Case, far, name_of, random_case
 from memory.toys import gdn, mamba2
 
@@ -37,8 +38,8 @@ def scans(backend: str) -> dict[str, ScanKernel]:
 def test_outputs_states_and_logs_are_the_references(layer: Recurrent, dtype: torch.dtype, seed: int) -> None:
     case = random_case(layer, dtype, seed, (0, 1, 1, 2, 7, 33))
     expected, expected_state, expected_log = case.run(scans("reference")[layer.rule])
-    got, state, log = case.to("cuda").run(scans("triton")[layer.rule])
-    assert got.is_cuda
+    got, state, log = case.to(DEVICE).run(scans("triton")[layer.rule])
+    assert got.device.type == DEVICE
     slots = case.step.slot
     drafts = dict(zip(slots.tolist(), (case.step.count - case.step.certain).tolist(), strict=True))
     assert far(got.cpu(), expected) < BOUND
@@ -56,7 +57,7 @@ def test_outputs_states_and_logs_are_the_references(layer: Recurrent, dtype: tor
 
 @pytest.mark.parametrize("layer", LAYERS, ids=name_of)
 def test_the_same_step_gives_the_same_bits(layer: Recurrent) -> None:
-    case: Case = random_case(layer, torch.bfloat16, 5).to("cuda")
+    case: Case = random_case(layer, torch.bfloat16, 5).to(DEVICE)
     (first, state, log), (again, second_state, second_log) = (case.run(scans("triton")[layer.rule]) for _ in range(2))
     assert torch.equal(first, again)
     for one, other in ((state, second_state), (log, second_log)):

@@ -136,8 +136,9 @@ class CudaRecording:
             # An error of the warm-up would otherwise show in the capture.
             torch.cuda.synchronize()
             try:
-                # Other threads may go on using the device: what they do is no part of this stream.
-                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                # Other threads may go on using the device: what they do is no part of this stream. It is that of the
+                # first run, for which the libraries have their workspaces.
+                with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                     self._output = function()
             except torch.OutOfMemoryError:
                 raise

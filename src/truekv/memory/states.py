@@ -76,7 +76,6 @@ class StateLayer:
 
         self.state = {item.name: slab(item, slots + checkpoints) for item in layer.state}
         self.log = {item.name: slab(item, slots, drafts) for item in layer.log}
-        self._zero = set[int]() if poison else set(range(slots))
         self.folded = torch.full((slots + checkpoints,), -1, dtype=torch.int64, device=device)
 
     def scan(self, inputs: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], step: Step) -> torch.Tensor:
@@ -95,21 +94,16 @@ class StateLayer:
         return out
 
     def open(self, slot: int) -> None:
-        """Zero a slot: a sequence starts from no tokens, not from whatever was there.
-
-        One that nothing was ever written to is zero, and takes no memory as long as that is so.
-        """
-        if slot in self._zero:
-            self._zero.remove(slot)
-            self.folded[slot] = 0
-            return
+        """Zero a slot: a sequence starts from no tokens, not from whatever was there."""
         for slab in self.state.values():
-            slab[slot] = 0
+            # Memory that nobody has written to is zero and takes none as long as it is only read.
+            bits = slab[slot].view(torch.int32 if slab.element_size() == 4 else torch.int16)
+            if slab.device.type != "cpu" or bool(bits.any()):
+                slab[slot] = 0
         self.folded[slot] = 0
 
     def copy(self, source: int, target: int) -> None:
         """Copy a state, and how many tokens are in it, from a slot or saved row to another."""
-        self._zero.discard(target)
         for slab in (*self.state.values(), self.folded):
             slab[target] = slab[source]
 

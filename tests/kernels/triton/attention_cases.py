@@ -11,15 +11,16 @@ from truekv.kernels.triton.attention import attend_kernel
 from truekv.kernels.triton.encode import store_kernel
 from truekv.kernels.triton.frames import merge_kernel, query_kernel
 from truekv.kernels.triton.layout import Row
-from truekv.kernels.triton.tiles import SPAN, attend_options, operand
+from truekv.kernels.triton.tiles import attend_options, operand
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PAGE: Final = 32
-ARCH: Final = 90
 _TYPES: Final = {tl.float32: "*fp32", tl.float16: "*fp16", tl.bfloat16: "*bf16"}
-_STEP: Final = dict.fromkeys("gather position count pages owner offset page line".split(), "*i64")
+_STEP: Final = dict.fromkeys("gather position count pages owner offset page line".split(), "*i64") | {
+    "span_keys": "i32"
+}
 
 
 def _case(name: str, kernel: Any, known: Mapping[str, Any], constexprs: Mapping[str, Any], **settings: Any) -> Case:
@@ -31,21 +32,28 @@ def _case(name: str, kernel: Any, known: Mapping[str, Any], constexprs: Mapping[
     divisible = tuple(
         item
         for item, kind in signature.items()
-        if kind.startswith("*") or item.endswith(("_bytes", "_stride")) or item in {"tokens", "rows"}
+        if kind.startswith("*") or item.endswith(("_bytes", "_stride")) or item in {"tokens", "rows", "span_keys"}
     )
     return Case(name, kernel, signature, constants, divisible=divisible, **settings)
 
 
 def attend_case(
-    keys: Row, values: Row | None, *, rope: Row | None = None, heads: int = 8, group: int = 8, queries: int = 8
+    capability: int,
+    keys: Row,
+    values: Row | None,
+    *,
+    rope: Row | None = None,
+    heads: int = 8,
+    group: int = 8,
+    queries: int = 8,
 ) -> Case:
     """Attention over rows of these layouts; without `values` the keys are the values too."""
     averaged = values or keys
-    options = attend_options([row for row in (keys, rope, averaged) if row is not None], queries)
+    options = attend_options([row for row in (keys, rope, averaged) if row is not None], queries, capability)
     size = averaged.dim + keys.dim * (values is not None) + (rope.dim if rope else 0)
     names = "/".join(row.code for row in (keys, rope, values) if row is not None)
     return _case(
-        f"attend[{names}] D={keys.dim} G={group} M={options.queries}",
+        f"attend[{names}] D={keys.dim} G={group} M={queries}",
         attend_kernel,
         {
             "first": "*u8",
@@ -64,12 +72,11 @@ def attend_case(
             "HEADS": heads,
             "GROUP": group,
             "PAGE_TOKENS": PAGE,
-            "SPAN": SPAN,
             "OPERAND": operand(keys),
             "OPERAND2": operand(rope) if rope else None,
             "OPERAND_V": operand(averaged),
             "WINDOWED": False,
-            "ARCH": ARCH,
+            "ARCH": capability,
             "BLOCK_M": options.queries,
             "BLOCK_N": options.keys,
             "ACROSS": options.across,
@@ -127,7 +134,6 @@ def merge_case(row: Row, *, heads: int = 8, group: int = 8) -> Case:
             "ROW": row,
             "HEADS": heads,
             "GROUP": group,
-            "SPAN": SPAN,
             "WINDOWED": False,
             "BLOCK_R": 16,
             "BLOCK_D": 16,
@@ -154,28 +160,34 @@ _GQA: Final = (
 _CODES: Final = ("bf16", "fp8_e4m3", "int8", "kv4", "kv3")
 _MLA: Final = (("bf16", "bf16"), ("fp8_e4m3", "bf16"), ("int8", "int8"), ("kv4", "int8"))
 _SIZES: Final = (16, 32, 64)
-CASES: Final = [
-    *(attend_case(Row(key, 128, PAGE), Row(value, 128, PAGE)) for key, value in _GQA),
-    *(attend_case(Row(code, 256, PAGE), Row(code, 256, PAGE)) for code in _CODES),
-    *(attend_case(Row(code, 64, PAGE), Row(code, 64, PAGE)) for code in _CODES),
-    attend_case(Row("int8", 80, PAGE), Row("int8", 80, PAGE)),
-    attend_case(Row("kv3", 80, PAGE), Row("kv3", 80, PAGE)),
-    attend_case(Row("f32", 64, PAGE), Row("f32", 64, PAGE)),
-    *(
-        attend_case(Row(code, dim, PAGE), Row(code, dim, PAGE), queries=queries)
-        for code in _CODES
-        for dim in (128, 256)
-        for queries in _SIZES
-    ),
-    attend_case(Row("q8_0", 128, PAGE), Row("q4_0", 128, PAGE), queries=64),
-    *(
-        attend_case(Row(latent, 512, PAGE), None, rope=Row(rope, 64, PAGE), heads=1, group=16, queries=queries)
-        for latent, rope in _MLA
-        for queries in (16, 64)
-    ),
-    *(store_case(Row(code, 128, PAGE)) for code in (*_CODES, "fp8_e5m2", "turboquant_fp8", "q5_1", "iq4_nl")),
-    *(query_case(Row(code, 128, PAGE)) for code in ("bf16", "int8", "kv4")),
-    *(merge_case(Row(code, 128, PAGE)) for code in ("bf16", "int8", "kv4")),
-    query_case(Row("int8", 512, PAGE), heads=1, group=16),
-    merge_case(Row("int8", 512, PAGE), heads=1, group=16),
-]
+
+
+def cases(capability: int) -> list[Case]:
+    """Return every case as it is compiled for a compute capability."""
+    return [
+        *(attend_case(capability, Row(key, 128, PAGE), Row(value, 128, PAGE)) for key, value in _GQA),
+        *(attend_case(capability, Row(code, 256, PAGE), Row(code, 256, PAGE)) for code in _CODES),
+        *(attend_case(capability, Row(code, 64, PAGE), Row(code, 64, PAGE)) for code in _CODES),
+        attend_case(capability, Row("int8", 80, PAGE), Row("int8", 80, PAGE)),
+        attend_case(capability, Row("kv3", 80, PAGE), Row("kv3", 80, PAGE)),
+        attend_case(capability, Row("f32", 64, PAGE), Row("f32", 64, PAGE)),
+        *(
+            attend_case(capability, Row(code, dim, PAGE), Row(code, dim, PAGE), queries=queries)
+            for code in _CODES
+            for dim in (128, 256)
+            for queries in _SIZES
+        ),
+        attend_case(capability, Row("q8_0", 128, PAGE), Row("q4_0", 128, PAGE), queries=64),
+        *(
+            attend_case(
+                capability, Row(latent, 512, PAGE), None, rope=Row(rope, 64, PAGE), heads=1, group=16, queries=queries
+            )
+            for latent, rope in _MLA
+            for queries in (16, 64)
+        ),
+        *(store_case(Row(code, 128, PAGE)) for code in (*_CODES, "fp8_e5m2", "turboquant_fp8", "q5_1", "iq4_nl")),
+        *(query_case(Row(code, 128, PAGE)) for code in ("bf16", "int8", "kv4")),
+        *(merge_case(Row(code, 128, PAGE)) for code in ("bf16", "int8", "kv4")),
+        query_case(Row("int8", 512, PAGE), heads=1, group=16),
+        merge_case(Row("int8", 512, PAGE), heads=1, group=16),
+    ]

@@ -40,7 +40,7 @@ def load(model: str, backend: str, **options: Any) -> LLM:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_reference(saved: Callable[[str], str], family: str) -> None:
     ours, theirs = (load(saved(family), name, kv_cache_dtype="int8") for name in ("triton", "reference"))
-    assert {backend for _, backend in ours.kv_plan["kernels"].items()} == {"triton"}
+    assert {backend for op, backend in ours.kv_plan["kernels"].items() if not op.startswith("sample ")} == {"triton"}
     # A chunk, a token alone, and a chunk upon both.
     got, expected = (llm.logits([*PROMPT, 1], chunk=[5, 1, 2]) for llm in (ours, theirs))
     # int8 codes may flip where two backends round a row differently, each by one step of 1 in 127.

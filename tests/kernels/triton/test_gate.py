@@ -16,7 +16,7 @@ from kernels.triton import attention_cases, scan_cases
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "triton_gate.py"
 TABLE = tomllib.loads((Path(__file__).parent / "gate.toml").read_text())
-CASES = [*attention_cases.CASES, *scan_cases.CASES]
+CASES = [*attention_cases.cases(90), *scan_cases.CASES]
 # One of each kind of code, a rule and a product: the rest takes minutes.
 FEW = (
     "attend[int8/kv4] D=128 G=8 M=8",
@@ -59,6 +59,20 @@ def test_whatever_grows_is_named(gate: Any) -> None:
         (sentence,) = gate.complaints("a", 90, found._replace(**{what: 65}), table)
         assert sentence.startswith(f"a for sm_90: 65 {what} instead of ")
     assert "is not in gate.toml" in gate.complaints("a", 80, found, table)[0]
+
+
+def test_nothing_is_spilled_and_shared_memory_suffices(gate: Any) -> None:
+    """For every kernel and both GPUs, as the table has it."""
+    rows = [
+        (name, int(key[3:]), row) for name, levels in TABLE.items() if name != "triton" for key, row in levels.items()
+    ]
+    found = {
+        (name, level): gate.Found(row["registers"], row["shared"], 0, row.get("local", 0)) for name, level, row in rows
+    }
+    assert not [text for (name, level), one in found.items() for text in gate.faults(name, level, one)]
+    (pair, good), *_ = found.items()
+    assert "local memory" in gate.faults(*pair, good._replace(local=1))[0]
+    assert "shared memory" in gate.faults(*pair, good._replace(shared=1 << 20))[0]
 
 
 def test_the_longest_innermost_loop_is_counted(gate: Any) -> None:

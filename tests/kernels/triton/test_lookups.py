@@ -26,7 +26,18 @@ def prmt(a: int, b: int, selector: int) -> int:
     return int.from_bytes(chosen, "little")
 
 
+def add(a: int, b: int) -> int:
+    """add.rn.f16x2, of numbers whose sums fp16 holds."""
+    sums = [x + y for x, y in zip(halves([a]), halves([b]), strict=True)]
+    packed = struct.pack("<2e", *sums)
+    assert list(struct.unpack("<2e", packed)) == sums
+    return int.from_bytes(packed, "little")
+
+
 RUN = {
+    "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
+    "add.rn.f16x2": add,
     "prmt.b32": prmt,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -36,9 +47,10 @@ RUN = {
 }
 
 
-def execute(text: str, outputs: int, *inputs: int) -> list[int]:
-    """Run a block of PTX: `$0` ... are its outputs, then its inputs."""
+def execute(text: str, outputs: int, *inputs: int, lane: int = 0) -> list[int]:
+    """Run a block of PTX in one lane of a warp: `$0` ... are its outputs, then its inputs."""
     registers = {f"${outputs + index}": value for index, value in enumerate(inputs)}
+    registers |= {"%lanemask_eq": 1 << lane, "%lanemask_lt": (1 << lane) - 1}
     for line in text.strip("{} ").split(";"):
         name, _, operands = line.strip().partition(" ")
         if not name or name == ".reg":
@@ -65,23 +77,21 @@ def fours() -> list[list[int]]:
 @pytest.mark.parametrize("code", [code for code, levels in LEVELS.items() if len(levels) == 16])
 def test_two_codes_of_a_byte_become_their_levels(code: str) -> None:
     levels = LEVELS[code]
-    for four in fours():
-        found = halves(execute(look_up_16(levels), 4, word(four)))
-        assert found[:4] == [1152 + levels[byte & 15] for byte in four]
-        assert found[4:] == [1152 + levels[byte >> 4] for byte in four]
+    for lane, four in enumerate(fours()):
+        found = halves(execute(look_up_16(levels), 4, word(four), lane=lane % 32))
+        assert found == [levels[code] for byte in four for code in (byte & 15, byte >> 4)]
 
 
 def test_eight_codes_of_three_bytes_become_their_levels() -> None:
     levels = LEVELS["kv3"]
     for index, even in enumerate(fours()):
         odd, high = fours()[(index * 5 + 3) % 256], fours()[(index * 11 + 7) % 256]
-        found = halves(execute(look_up_8(levels), 16, word(even), word(odd), word(high)))
+        found = halves(execute(look_up_8(levels), 16, word(even), word(odd), word(high), lane=index % 32))
         for place in range(8):
             low = odd if place % 2 else even
-            expected = [
-                1152 + levels[(low[j] >> (place // 2 * 2) & 3) | ((high[j] >> place & 1) << 2)] for j in range(4)
-            ]
-            assert found[4 * place : 4 * place + 4] == expected
+            expected = [levels[(low[j] >> (place // 2 * 2) & 3) | ((high[j] >> place & 1) << 2)] for j in range(4)]
+            # Two codes to a word, four words to a pair of codes.
+            assert found[8 * (place // 2) + place % 2 : 8 * (place // 2) + 8 : 2] == expected
 
 
 def written_in(kernel: Any) -> str:

@@ -88,6 +88,21 @@ def test_latent_rows_are_keys_and_values(latent: str, rope: str) -> None:
     assert error(fill(mla(64, 64), formats(latent, rope), [66, 31], measured=True), [6, 31], 5) < ROTATED
 
 
+@pytest.mark.parametrize("name", ["int8", "kv4", "q4_0"])
+def test_values_of_zeros(name: str) -> None:
+    """Blocks whose scales are all zero."""
+    cache = fill(gqa(1, 64), formats("int8", name), [70])
+    triton.store(cache.fields[1], torch.zeros_like(cache.rows[1]), cache.step([70]))
+    step = cache.step([2])
+    got = run(cache, step, cache.queries(step, 2))
+    assert torch.equal(got, torch.zeros_like(got))
+
+
+def test_columns_that_hold_nothing_are_no_numbers_of_the_next_row() -> None:
+    """A latent row of 80 numbers in 128 columns, and behind the last one memory that is no number."""
+    assert error(fill(mla(80, 64), formats("turboquant_fp8", "int8"), [66, 31], measured=True), [1, 2], 5) < ROTATED
+
+
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 127, 128, 129, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + 1])
 def test_lengths_at_the_edges_of_blocks_and_spans(length: int) -> None:
     cache = fill(gqa(1, 64), formats("int8", "kv4"), [length, 40])
@@ -95,7 +110,7 @@ def test_lengths_at_the_edges_of_blocks_and_spans(length: int) -> None:
     assert error(cache, [min(length, 3), 3], 2) < BOUND
 
 
-@pytest.mark.parametrize("window", [1, 2, 31, 33, 100, SPAN, SPAN + 100, 2000])
+@pytest.mark.parametrize("window", [1, 2, 31, 33, 100, 200, SPAN, SPAN + 100, 2000])
 def test_windows(window: int) -> None:
     cache = fill(gqa(1, 64, window), formats("int8", "bf16"), [SPAN + 200, 40])
     assert error(cache, [1, 1], 2) < BOUND

@@ -124,25 +124,26 @@ def test_no_rows_are_stored_without_a_word() -> None:
 
 
 @compiler.jit
-def decode_kernel(data, out, page_bytes, ROW: tl.constexpr):  # noqa: ANN001, ANN201 (Triton's types)
+def decode_kernel(data, out, page_bytes, ROW: tl.constexpr, AHEAD: tl.constexpr):  # noqa: ANN001, ANN201 (Triton's types)
     """Decode the lines of page 1 of a field of one head."""
     line = tl.arange(0, ROW.page_tokens)
     written = (line >= 0)[None, :]
-    values, factor = read_rows(data, tl.full([1], 1, tl.int64), written, page_bytes, ROW, tl.float32, 0, False)
+    values, factor = read_rows(data, tl.full([1], 1, tl.int64), written, page_bytes, ROW, tl.float32, 0, AHEAD, AHEAD)
     dim, holds = dims(ROW)
     tl.store(out + line[:, None] * ROW.dim + dim[None, :], values * factor[:, None], mask=holds[None, :])
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("dim", [64, 80, 96])
 @pytest.mark.parametrize("name", NAMES)
-def test_any_bytes_decode_to_the_numbers_of_the_format(name: str, dim: int) -> None:
+def test_any_bytes_decode_to_the_numbers_of_the_format(name: str, dim: int, ahead: bool) -> None:
     """Bit by bit, for bytes at random: every code, scales of any sign, infinities and NaN among them."""
     _, field = place(name, dim, 1, 40)
     field.data.copy_(torch.randint(0, 256, field.data.shape, generator=torch.Generator().manual_seed(dim)))
     row = layout(field)
     assert row.head_bytes == field.head_bytes
     got = torch.full((PAGE, dim), torch.nan)
-    decode_kernel[(1,)](field.data[:, field.start :], got, field.data.stride(0), ROW=row)
+    decode_kernel[(1,)](field.data[:, field.start :], got, field.data.stride(0), ROW=row, AHEAD=ahead)
     data = torch.cat([plane[1, 0] for plane in reference.planes(field)], -1)
     wanted = field.format.decode(data, dim)
     assert torch.equal(got.isnan(), wanted.isnan())

@@ -47,13 +47,13 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     longest,
     width,
     window,
+    span_keys,
     ROW: tl.constexpr,
     ROW2: tl.constexpr,
     ROW_V: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
     OPERAND: tl.constexpr,
     OPERAND2: tl.constexpr,
     OPERAND_V: tl.constexpr,
@@ -75,8 +75,8 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     position_M = start + chunk_M
     first_chunk = tl.program_id(0) * BLOCK_M // GROUP
     last_chunk = tl.minimum(((tl.program_id(0) + 1) * BLOCK_M - 1) // GROUP, new - 1)
-    low = tl.program_id(2) * SPAN
-    high = tl.minimum(low + SPAN, start + last_chunk + 1)
+    low = tl.program_id(2) * span_keys
+    high = tl.minimum(low + span_keys, start + last_chunk + 1)
     if WINDOWED:
         low = tl.maximum(low, (start + first_chunk - window + 1) // BLOCK_N * BLOCK_N)
     if (first_chunk >= new) | (low >= high):
@@ -108,14 +108,16 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
         first_G = block + PAGE_TOKENS * tl.arange(0, BLOCK_N // PAGE_TOKENS)
         page_G = tl.load(table + first_G // PAGE_TOKENS, mask=first_G < end, other=0)
         written_GL = first_G[:, None] + tl.arange(0, PAGE_TOKENS)[None, :] < end
-        k_NC, scale_N = read_rows(first, page_G, written_GL, first_page_bytes, ROW, OPERAND, ARCH, ROW_V is None)
+        k_NC, scale_N = read_rows(
+            first, page_G, written_GL, first_page_bytes, ROW, OPERAND, ARCH, ROW_V is None, ROW_V is None and ROW.scaled
+        )
         score = _scores(q, k_NC, ACROSS)
         if ROW.factored:
             score *= _key_wise(scale_N, ACROSS)
         score *= _query_wise(factor_M, ACROSS)
         if ROW2 is not None:
             k2_NC, scale2_N = read_rows(
-                second, page_G, written_GL, second_page_bytes, ROW2, OPERAND2, ARCH, VALUES=False
+                second, page_G, written_GL, second_page_bytes, ROW2, OPERAND2, ARCH, VALUES=False, AHEAD=False
             )
             score2 = _scores(q2, k2_NC, ACROSS)
             if ROW2.factored:
@@ -132,7 +134,9 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
         total_M = total_M * old_M + tl.sum(weight, 0 if ACROSS else 1)
         largest_M = raised_M
         if ROW_V is not None:
-            v_NC, scale_N = read_rows(value, page_G, written_GL, value_page_bytes, ROW_V, OPERAND_V, ARCH, VALUES=True)
+            v_NC, scale_N = read_rows(
+                value, page_G, written_GL, value_page_bytes, ROW_V, OPERAND_V, ARCH, VALUES=True, AHEAD=BLOCK_M < 64
+            )
         else:
             v_NC = k_NC
         mean *= _query_wise(old_M, ACROSS)

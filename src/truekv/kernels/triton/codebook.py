@@ -14,61 +14,86 @@ STEPS: Final = {"kv4": 0.02622245, "kv3": 0.02444652}
 """A level is that much of the root mean square of a row."""
 
 
-_ROUNDS: Final = "prmt.b32 {low}, {bytes}, 0x64646464, 0x4240; prmt.b32 {high}, {bytes}, 0x64646464, 0x4341;"
-"""From bytes n of two codes in turn to 1024 + n in fp16: 0x64 above a byte."""
+_NUMBERS: Final = (
+    "prmt.b32 a, {bytes}, 0x64646464, 0x4140; add.rn.f16x2 {low}, a, m;"
+    " prmt.b32 a, {bytes}, 0x64646464, 0x4342; add.rn.f16x2 {high}, a, m;"
+)
+"""From four bytes n to n - 128 in fp16, two to a word: 0x64 above a byte makes 1024 + n, and m takes 1152 from both."""
 
 
 def look_up_16(levels: tuple[int, ...]) -> str:
-    """Write PTX from four bytes of two codes each to 1152 + level in fp16: four of the low codes, four of the high.
+    """Write PTX from four bytes of two codes each to levels in fp16: the low and the high code of a byte in one word.
 
     PRMT picks four of eight bytes by four selectors of three bits, and codes are selectors: two look-ups of half of the
-    levels, and one choice between them by the codes' fourth bits.
+    levels, and one choice between them by the codes' fourth bits. Of the four words of levels the first and the third
+    are operands, because an instruction has room for one constant.
     """
-    words = _words(levels)
+    _, second, _, fourth = words(levels)
     lines = [
-        ".reg .b32 s, t, a, b;",
+        ".reg .b32 s, t, a, b, m, first, third;",
+        _kept("first", words(levels)[0]),
+        _kept("third", words(levels)[2]),
+        "mov.b32 m, 0xe480e480;",
         "and.b32 s, $4, 0x77777777;",
         "shr.u32 t, $4, 1; and.b32 t, t, 0x44444444; or.b32 t, t, 0x32103210;",
     ]
-    for low, high in (("$0", "$2"), ("$1", "$3")):
-        if low == "$1":
+    for low in (0, 2):
+        if low:
             lines.append("shr.u32 s, s, 16; shr.u32 t, t, 16;")
         lines += [
-            f"prmt.b32 a, {words[0]}, {words[1]}, s;",
-            f"prmt.b32 b, {words[2]}, {words[3]}, s;",
-            "prmt.b32 a, a, b, t;",
-            _ROUNDS.format(low=low, high=high, bytes="a"),
+            f"prmt.b32 a, first, {second:#010x}, s;",
+            f"prmt.b32 b, third, {fourth:#010x}, s;",
+            "prmt.b32 b, a, b, t;",
+            _NUMBERS.format(low=f"${low}", high=f"${low + 1}", bytes="b"),
         ]
     return "{ " + " ".join(lines) + " }"
 
 
 def look_up_8(levels: tuple[int, ...]) -> str:
-    """Write PTX from the three bytes of eight codes, four times, to 1152 + level in fp16: four of each code.
+    """Write PTX from the three bytes of eight codes, four times, to levels in fp16: two codes that follow in one word.
 
     Two bits of codes 0, 2, 4, 6 lie in the first byte, of codes 1, 3, 5, 7 in the second, the third bits in the last.
-    Two codes at a time are put side by side into each byte, where they select levels.
+    Two codes at a time are put side by side into each byte, where they select levels. The first word of levels is an
+    operand, because an instruction has room for one constant.
     """
-    words = _words(levels)
-    lines = [".reg .b32 l, h, s, t, a;"]
-    for first in (0, 1, 4, 5):
-        source, shift, bit = f"${16 + first % 2}", first // 4 * 4, first
+    _, second = words(levels)
+    lines = [".reg .b32 s, t, a, b, m, first;", _kept("first", words(levels)[0]), "mov.b32 m, 0xe480e480;"]
+    for pair in range(4):
+        # Their lower bits to bits 0-1 and 4-5 of each byte, then the third ones to bits 2 and 6.
         lines += [
-            # Bits 0-1 and 2-3 of each byte to bits 0-1 and 4-5.
-            f"shr.u32 l, {source}, {shift}; and.b32 s, l, 0x03030303;",
-            "shl.b32 t, l, 2; and.b32 t, t, 0x30303030; or.b32 s, s, t;",
-            # Bits 0 and 2 to bits 2 and 6.
-            f"shr.u32 h, $18, {bit}; shl.b32 t, h, 2; and.b32 t, t, 0x04040404; or.b32 s, s, t;",
-            "shl.b32 t, h, 4; and.b32 t, t, 0x40404040; or.b32 s, s, t;",
+            f"{_shifted('s', '$16', -2 * pair)} and.b32 s, s, 0x03030303;",
+            f"{_shifted('t', '$17', 4 - 2 * pair)} and.b32 t, t, 0x30303030; or.b32 s, s, t;",
+            f"{_shifted('t', '$18', 2 - 2 * pair)} and.b32 t, t, 0x04040404; or.b32 s, s, t;",
+            f"{_shifted('t', '$18', 5 - 2 * pair)} and.b32 t, t, 0x40404040; or.b32 s, s, t;",
         ]
-        for word in (0, 1):
-            low, high = f"${2 * first + word}", f"${2 * (first + 2) + word}"
-            if word:
+        for low in (0, 2):
+            if low:
                 lines.append("shr.u32 s, s, 16;")
-            lines += [f"prmt.b32 a, {words[0]}, {words[1]}, s;", _ROUNDS.format(low=low, high=high, bytes="a")]
+            out = 4 * pair + low
+            lines += [
+                f"prmt.b32 b, first, {second:#010x}, s;",
+                _NUMBERS.format(low=f"${out}", high=f"${out + 1}", bytes="b"),
+            ]
     return "{ " + " ".join(lines) + " }"
 
 
-def _words(levels: tuple[int, ...]) -> list[str]:
+def words(levels: tuple[int, ...]) -> tuple[int, ...]:
     """Levels plus 128 as bytes, four to a word."""
     table = bytes(level + 128 for level in levels)
-    return [f"0x{int.from_bytes(table[start : start + 4], 'little'):08x}" for start in range(0, len(table), 4)]
+    return tuple(int.from_bytes(table[start : start + 4], "little") for start in range(0, len(table), 4))
+
+
+def _kept(target: str, word: int) -> str:
+    """Write PTX that sets a constant which the compiler takes for a number of the thread, and keeps in a register.
+
+    No bit is that of a lane and that of one below. As a constant it would be moved anew before every use.
+    """
+    return (
+        f"mov.u32 {target}, %lanemask_lt; mov.u32 t, %lanemask_eq; and.b32 {target}, {target}, t; "
+        f"or.b32 {target}, {target}, {word:#010x};"
+    )
+
+
+def _shifted(target: str, source: str, left: int) -> str:
+    """Write PTX that shifts left, or right by a number below zero."""
+    return f"shl.b32 {target}, {source}, {left};" if left >= 0 else f"shr.u32 {target}, {source}, {-left};"

@@ -27,11 +27,13 @@ def read_rows(
     OPERAND: tl.constexpr,
     ARCH: tl.constexpr,
     VALUES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Return the rows [N, C] of some pages in storage order as operands, and a factor [N] that belongs to each row.
 
     `data` points to one head of the field in page 0. Rows that are not written are neither read nor meaningful, but
-    finite. VALUES says that they are averaged, and not only scored.
+    finite. VALUES says that they are averaged, and not only scored; AHEAD, that they are to be read in words, which the
+    compiler brings into shared memory ahead of their turn, where it would keep bytes in a register each.
     """
     # Every page starts at a multiple of 16; the compiler finds out the rest, and reads as wide as it may.
     head_G = tl.multiple_of(data + page_G * page_bytes, [16])
@@ -50,9 +52,9 @@ def read_rows(
     elif ROW.code == "kv3":
         values_NC = _kv3_rows(row_GL1, written_GL, ROW, OPERAND, ARCH)
     elif ROW.plain:
-        values_NC = _plain_rows(row_GL1, written_GL, ROW, OPERAND)
+        values_NC = _plain_rows(row_GL1, written_GL, ROW, OPERAND, ARCH, AHEAD)
     else:
-        values_NC = _byte_rows(row_GL1, written_GL, ROW, OPERAND, ARCH, VALUES)
+        values_NC = _byte_rows(row_GL1, written_GL, ROW, OPERAND, ARCH, VALUES, AHEAD)
     return values_NC, factor_N
 
 
@@ -79,10 +81,39 @@ def _load(row_GL1, written_GL, place_J, ROW: tl.constexpr):
 
 
 @triton.jit
-def _plain_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr):
+def _load_words(row_GL1, written_GL, WORDS: tl.constexpr, HELD: tl.constexpr):
+    """Load words of four bytes, [N, WORDS]."""
+    word_J = tl.arange(0, WORDS)
+    mask = written_GL[:, :, None]
+    if HELD != WORDS:
+        mask = mask & (word_J < HELD)[None, None, :]
+    found = tl.load(row_GL1.to(tl.pointer_type(tl.uint32)) + word_J[None, None, :], mask=mask, other=0)
+    return tl.reshape(found, [found.shape[0] * found.shape[1], found.shape[2]])
+
+
+@triton.jit
+def _load_bytes(row_GL1, written_GL, ROW: tl.constexpr):
+    """Load a byte for every column, in words."""
+    word_NJ = _load_words(row_GL1, written_GL, ROW.columns // 4, ROW.dim // 4)
+    a, b, c, d = word_NJ, word_NJ >> 8, word_NJ >> 16, word_NJ >> 24
+    parts = tl.join(tl.join(a.to(tl.uint8), c.to(tl.uint8)), tl.join(b.to(tl.uint8), d.to(tl.uint8)))
+    return tl.reshape(parts, [word_NJ.shape[0], 4 * word_NJ.shape[1]])
+
+
+@triton.jit
+def _halves(words, KIND: tl.constexpr):
+    """Take the lower and the upper half of every word as numbers of 16 bits."""
+    return words.to(tl.uint16).to(KIND, bitcast=True), (words >> 16).to(tl.uint16).to(KIND, bitcast=True)
+
+
+@triton.jit
+def _plain_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr, AHEAD: tl.constexpr):
     column_C = tl.arange(0, ROW.columns)
     if ROW.code == "f32":
         values_NC = _load(row_GL1.to(tl.pointer_type(tl.float32)), written_GL, column_C, ROW).to(OPERAND)
+    elif OPERAND == tl.bfloat16 and AHEAD and ARCH >= 90:
+        low, high = _halves(_load_words(row_GL1, written_GL, ROW.columns // 2, ROW.dim // 2), tl.bfloat16)
+        values_NC = _flat(tl.join(low, high))
     elif OPERAND == tl.bfloat16:
         values_NC = _load(row_GL1.to(tl.pointer_type(tl.bfloat16)), written_GL, column_C, ROW)
     else:
@@ -92,8 +123,19 @@ def _plain_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _byte_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr, VALUES: tl.constexpr):
-    codes_NC = _load(row_GL1, written_GL, tl.arange(0, ROW.columns), ROW)
+def _byte_rows(
+    row_GL1,
+    written_GL,
+    ROW: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ARCH: tl.constexpr,
+    VALUES: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    if AHEAD:
+        codes_NC = _load_bytes(row_GL1, written_GL, ROW)
+    else:
+        codes_NC = _load(row_GL1, written_GL, tl.arange(0, ROW.columns), ROW)
     if VALUES:
         # Else the compiler would gather single bytes out of shared memory, where it transposes halves.
         codes_NC = tl.reshape(codes_NC, [codes_NC.shape[0], codes_NC.shape[1] // 2, 2])
@@ -173,10 +215,8 @@ def _levels(codes, ROW: tl.constexpr, OPERAND: tl.constexpr):
 def _pairs(codes, ROW: tl.constexpr, OPERAND: tl.constexpr, ARCH: tl.constexpr):
     """Levels of the low and of the high four bits of every byte."""
     if ARCH > 0 and OPERAND == tl.float16:
-        low, high = tl.inline_asm_elementwise(
-            ROW.look_up, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
-        return low - 1152.0, high - 1152.0
+        pairs = tl.inline_asm_elementwise(ROW.look_up, "=r,=r,=r,=r,r", [codes], dtype=tl.uint32, is_pure=True, pack=4)
+        return _halves(pairs, tl.float16)
     return _levels(codes & 15, ROW, OPERAND), _levels(codes >> 4, ROW, OPERAND)
 
 
@@ -202,24 +242,19 @@ def _kv3_rows(row_GL1, written_GL, ROW: tl.constexpr, OPERAND: tl.constexpr, ARC
     odd_NJ = _load(row_GL1 + EIGHTH, written_GL, place_J, ROW)
     high_NJ = _load(row_GL1 + 2 * EIGHTH, written_GL, place_J, ROW)
     if ARCH > 0 and OPERAND == tl.float16:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        ab, cd, ef, gh = tl.inline_asm_elementwise(
             ROW.look_up,
             "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
             [even_NJ, odd_NJ, high_NJ],
-            dtype=(
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-            ),
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
             is_pure=True,
             pack=4,
         )
-        return _flat(_eight(a, b, c, d, e, f, g, h)) - 1152.0
+        a, b = _halves(ab, tl.float16)
+        c, d = _halves(cd, tl.float16)
+        e, f = _halves(ef, tl.float16)
+        g, h = _halves(gh, tl.float16)
+        return _flat(_eight(a, b, c, d, e, f, g, h))
     codes_NJP = _eight(
         (even_NJ & 3) | ((high_NJ & 1) << 2),
         (odd_NJ & 3) | (((high_NJ >> 1) & 1) << 2),

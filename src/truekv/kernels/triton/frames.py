@@ -104,10 +104,10 @@ def merge_kernel(
     out,  # [T, H, D]
     rows,
     window,
+    span_keys,
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
     WINDOWED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -130,11 +130,11 @@ def merge_kernel(
     mean_RC = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
     total_R = tl.zeros([BLOCK_R], tl.float32)
-    spans = tl.max(tl.where(asked_R, position_R // SPAN + 1, 0), 0)
+    spans = tl.max(tl.where(asked_R, position_R // span_keys + 1, 0), 0)
     for span in range(0, spans):
-        read_R = asked_R & (span * SPAN <= position_R)
+        read_R = asked_R & (span * span_keys <= position_R)
         if WINDOWED:
-            read_R &= (span + 1) * SPAN > position_R - window + 1
+            read_R &= (span + 1) * span_keys > position_R - window + 1
         at_R = tl.cast(span, tl.int64) * rows + row_R
         top_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
         raised_R = tl.maximum(largest_R, top_R)

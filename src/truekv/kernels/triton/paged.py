@@ -95,7 +95,7 @@ def attend(
         into_frame(query, item, row, scale, torch_operand(row))
         for query, item, row in zip(queries, scored, layouts_of, strict=True)
     ]
-    options = attend_options((*layouts_of, row_v), group * longest)
+    options = attend_options((*layouts_of, row_v), group * longest, arch(device))
     tiles = triton.cdiv(group * longest, options.queries)
     span = span_keys(tiles)
     spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, span)
@@ -126,13 +126,13 @@ def attend(
         longest,
         step.pages.shape[1],
         window or 0,
+        span,
         ROW=layouts_of[0],
         ROW2=None if second is None else layouts_of[1],
         ROW_V=None if shared else row_v,
         HEADS=heads,
         GROUP=group,
         PAGE_TOKENS=value.page_tokens,
-        SPAN=span,
         OPERAND=operand(layouts_of[0]),
         OPERAND2=None if second is None else operand(layouts_of[1]),
         OPERAND_V=operand(row_v),
@@ -208,10 +208,10 @@ def merge(
             out,
             tokens * query_heads,
             window or 0,
+            span,
             ROW=row,
             HEADS=value.field.heads,
             GROUP=query_heads // value.field.heads,
-            SPAN=span,
             WINDOWED=window is not None,
             BLOCK_R=16,
             BLOCK_D=_part(16, triton.next_power_of_2(row.dim)),

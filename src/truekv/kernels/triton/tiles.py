@@ -39,29 +39,35 @@ class Options:
         return self.queries < 16
 
 
-def attend_options(rows: Seq[Row], queries: int) -> Options:
-    """Choose for fields of these layouts, and so many query rows that share a kv head.
+def attend_options(rows: Seq[Row], queries: int, capability: int) -> Options:
+    """Choose for fields of these layouts, so many query rows that share a kv head, and a compute capability; see arch.
 
-    Each is the largest block that the compiler keeps in registers for compute capability 9.0, all of it.
+    Each is the largest block that the compiler keeps in registers, all of it.
     """
+    # Capability 9.0 has shared memory for two blocks under way, beside the one that is multiplied.
+    deep = capability >= 90
     blocks, columns = any(row.blocks for row in rows), max(row.columns for row in rows)
     # Products of float32 take no tensor cores; blocks of 32 keep their headers in registers too.
-    most = 8 if any(row.code == "f32" for row in rows) else 16 if blocks else 32 if columns > 256 else 64
+    tall = 64 if deep and columns <= 256 else 32
+    most = 8 if any(row.code == "f32" for row in rows) else 16 if blocks else 32 if columns > 256 else tall
     tile = next((size for size in _QUERIES if size >= min(queries, most)), most)
+    packed = blocks or any(row.parts > 1 for row in rows)
     if most == 8:
         keys, warps, stages = 32, 4, 2
     elif columns > 256:
-        packed = blocks or any(row.parts > 1 for row in rows)
-        keys, warps, stages = 32, 8 if tile > 16 or packed else 4, 2
+        short = deep and tile == 16 and rows[0].scaled
+        keys, warps, stages = 64 if short else 32, 8 if short or packed or tile > 16 else 4, 2
     elif blocks:
         keys, warps, stages = 32, 4, 3
+    elif tile == 8:
+        narrow = deep and all(row.code == "bf16" for row in rows) and columns > 64
+        keys, warps, stages = (64 if columns > 128 else 128) // (2 if narrow else 1), 4, 5 if deep else 3
     elif columns > 128:
-        keys, warps, stages = 64 if tile == 8 else 32, 4 if tile <= 16 else 8, 3
-    elif tile <= 16:
-        wide = tile == 8 or all(row.code == "bf16" or row.parts > 1 for row in rows)
-        keys, warps, stages = 128 if wide else 64, 4, 3
+        keys, warps, stages = 32, 4 if tile == 16 else 8, 3
+    elif tile == 16:
+        keys, warps, stages = 128, 4, 3
     else:
-        keys, warps, stages = 64, 4, 2
+        keys, warps, stages = 64, 4, 2 if deep else 3
     return Options(tile, max(keys, rows[0].page_tokens), warps, stages)
 
 

@@ -1,0 +1,76 @@
+"""Attention on the device in frames that are far from neutral, for every format, against float64 on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from gpu.place import DEVICE, ON_DEVICE
+from kernels.native.cache import fill, formats
+from memory.toys import gqa, mla
+
+from truekv.formats.choice import codecs
+from truekv.formats.frame import Frame
+from truekv.kernels.reference import paged as reference
+from truekv.kernels.triton import paged as triton
+
+if TYPE_CHECKING:
+    from kernels.native.cache import Cache
+
+    from truekv.core.batch import Step
+    from truekv.core.protocols import Stored
+    from truekv.core.spec import Paged
+
+LAYERS = {"gqa-64": gqa(2, 64), "gqa-128": gqa(1, 128), "gqa-256": gqa(1, 256), "mla": mla(512, 64)}
+
+
+def moved(stored: Stored, data: torch.Tensor) -> Stored:
+    frame = Frame(*(None if part is None else part.to(DEVICE) for part in (stored.frame.centre, stored.frame.scale)))
+    kept = dataclasses.replace(stored.frame, centre=frame.centre, scale=frame.scale)
+    return dataclasses.replace(stored, data=data, frame=kept)
+
+
+def on_device(step: Step) -> Step:
+    parts = {item.name: getattr(step, item.name).to(DEVICE) for item in dataclasses.fields(step)}
+    return dataclasses.replace(step, **parts)
+
+
+def cache_of(layer: Paged, name: str) -> Cache:
+    item = codecs()[name]
+    names = [name if item.code_bits >= field.floor_bits else "int8" for field in layer.fields]
+    return fill(layer, formats(*names), [1200, 33], measured=True)
+
+
+@pytest.mark.parametrize("group", [1, 8, 20])
+@pytest.mark.parametrize("name", sorted(codecs()))
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_decode_verify_and_a_chunk(layer: Paged, name: str, group: int) -> None:
+    cache = cache_of(layer, name)
+    if reason := triton.refusal(layer, tuple(stored.format for stored in cache.fields)):
+        pytest.skip(reason)
+    data = cache.fields[0].data.to(DEVICE)
+    fields = tuple(moved(stored, data) for stored in cache.fields)
+    for counts in ([1, 1], [4, 2], [70, 1]) if ON_DEVICE else ([2, 1],):
+        step = cache.step(counts)
+        queries = cache.queries(step, group)
+        wanted = reference.attend(queries, cache.fields, 0.1, layer.window, step).double()
+        got = triton.attend(tuple(query.to(DEVICE) for query in queries), fields, 0.1, layer.window, on_device(step))
+        assert got.device.type == DEVICE
+        # Weights of 11 bits and queries of half precision where rows are codes; of 8 bits where they are bfloat16.
+        bound = 2e-2 if name == "bf16" else 5e-3
+        assert float((got.cpu().double() - wanted).abs().max()) <= bound * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", sorted(codecs()))
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_bytes_are_those_of_the_reference(layer: Paged, name: str) -> None:
+    cache = cache_of(layer, name)
+    if reason := triton.refusal(layer, tuple(stored.format for stored in cache.fields)):
+        pytest.skip(reason)
+    data = torch.full_like(cache.fields[0].data, 0xFF).to(DEVICE)
+    step = on_device(cache.step(cache.lengths))
+    for stored, rows in zip(cache.fields, cache.rows, strict=True):
+        triton.store(moved(stored, data), rows.to(DEVICE), step)
+    assert torch.equal(data.cpu(), cache.fields[0].data)
