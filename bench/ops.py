@@ -271,8 +271,9 @@ def transformers_gdn(layer: Recurrent) -> Callable[[], Callable[[], None]]:
 
     As in Qwen3NextGatedDeltaNet.forward; the linear maps, the gates and the norm around it are left out on both sides.
     """
-    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+    from transformers.models.qwen3_next import modeling_qwen3_next
 
+    theirs: Any = modeling_qwen3_next
     value_heads, key_dim, value_dim = layer.state[0].shape
     channels, taps = layer.log[0].shape[0], layer.state[1].shape[1] + 1
     keys = (channels - value_heads * value_dim) // 2
