@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Self, cast
 
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
+from truekv.core.untouched import untouched
 from truekv.models.headers import quoted
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 LOADABLE: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What a forward pass can use as it is, converted to the compute dtype and never dequantized; torch's names."""
 PATIENCE_SECONDS: Final = 2.0
+_LARGE: Final = 1 << 18
 _AT_ONCE: Final = 1 << 30
 """Bytes asked of the system in one read, which returns at most 2 GiB."""
 
@@ -91,7 +93,10 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
 
     def _read(self, header: TensorHeader) -> torch.Tensor:
         size = header.end - header.start
-        data = torch.empty(size, dtype=torch.uint8)
+        # What is read and let go of again lies in mappings of its own: holes that it left in the heap would stay.
+        data = (
+            untouched((size,), torch.uint8, "cpu", piece=1) if size >= _LARGE else torch.empty(size, dtype=torch.uint8)
+        )
         if header.file not in self._files:
             self._files[header.file] = (self._directory / header.file).open("rb", buffering=0)
         file = self._files[header.file]
