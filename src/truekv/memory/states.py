@@ -98,7 +98,7 @@ class StateLayer:
         for slab in self.state.values():
             # Memory that nobody has written to is zero and takes none as long as it is only read.
             bits = slab[slot].view(torch.int32 if slab.element_size() == 4 else torch.int16)
-            if slab.device.type != "cpu" or any(map(bool, torch.aminmax(bits))):
+            if slab.device.type != "cpu" or not bits.numel() or any(map(bool, torch.aminmax(bits))):
                 slab[slot] = 0
         self.folded[slot] = 0
 
