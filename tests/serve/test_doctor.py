@@ -28,7 +28,7 @@ def test_the_report_names_the_library_that_is_loaded(truekv: Call) -> None:
     assert report == {
         "path": str(found.path),
         "instruction_sets": list(found.isas),
-        "chosen": found.isas[-1],
+        "chosen": [isa for isa in found.isas if isa != "amx"][-1],
         "problem": None,
     }
     printed = truekv("doctor").out
