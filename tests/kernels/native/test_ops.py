@@ -1,6 +1,5 @@
 """Native operations against the reference, on every instruction set of the machine, and row by row to the bit."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -16,12 +15,6 @@ from truekv.kernels.reference.ops import OPS as REFERENCE
 ISAS = () if library() is None else library().isas  # type: ignore[union-attr]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native library is not built")
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: Any) -> Iterator[None]:
-    with native().using(request.param):
-        yield
 
 
 each_isa = pytest.mark.usefixtures("isa")

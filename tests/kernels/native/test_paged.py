@@ -17,8 +17,6 @@ from truekv.kernels.native.library import library
 from truekv.kernels.reference import paged as reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kernels.native.cache import Cache
 
     from truekv.core.batch import Step
@@ -30,13 +28,7 @@ NAMES = sorted(codecs())
 BOUND = 2e-6
 
 
-@pytest.fixture(params=ISAS)
-def _every_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    with LIBRARY.using(request.param):
-        yield
-
-
-every_isa = pytest.mark.usefixtures("_every_isa")
+every_isa = pytest.mark.usefixtures("isa")
 
 
 @every_isa

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,9 +16,6 @@ from truekv.kernels.native.library import Library, library
 from truekv.kernels.native.sampling import SAMPLING as NATIVE
 from truekv.kernels.reference.sampling import SAMPLING as REFERENCE
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 ISAS = () if library() is None else library().isas  # type: ignore[union-attr]
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native library is not built")
 LENGTHS = (1, 2, 63, 64, 65, 129, 1000, 4096, 5003, 40_001)
@@ -31,12 +27,6 @@ FILTERS = (
     (0.8, 0, 0.95, 0.0), (3.0, 0, 0.95, 0.0), (100.0, 0, 0.999999, 0.0), (1.0, 0, 1e-9, 0.0), (1.0, 0, 1 - 1e-12, 0.0),
     (0.8, 0, 1.0, 0.05), (1.0, 0, 0.7, 0.001), (3.0, 50, 1.0, 0.5), (1.0, 0, 0.3, 1.0), (1.0, 0, 1.0, 5e-324),
 )  # fmt: skip
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: Any) -> Iterator[None]:
-    with native().using(request.param):
-        yield
 
 
 each_isa = pytest.mark.usefixtures("isa")

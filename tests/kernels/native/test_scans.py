@@ -18,8 +18,6 @@ from truekv.kernels.native import library as native
 from truekv.kernels.native.timeline import MAX_TAPS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from truekv.core.protocols import ScanKernel
     from truekv.core.spec import Recurrent
 
@@ -45,13 +43,6 @@ LAYERS = (
     mamba2(heads=5, head_dim=64, groups=1, size=128, taps=3),
 )
 SMALL = (LAYERS[0], LAYERS[2], LAYERS[4], LAYERS[6], LAYERS[8], LAYERS[9])
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert LIBRARY is not None
-    with LIBRARY.using(request.param):
-        yield request.param
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -22,20 +21,11 @@ from truekv.kernels.native import paged as native
 from truekv.kernels.native.library import library
 from truekv.kernels.reference import paged as reference
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 LIBRARY = library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native library was built")
 
 
-@pytest.fixture(params=LIBRARY.isas if LIBRARY else ())
-def _every_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    with LIBRARY.using(request.param):
-        yield
-
-
-every_isa = pytest.mark.usefixtures("_every_isa")
+every_isa = pytest.mark.usefixtures("isa")
 
 
 def place(name: str, dim: int, heads: int, tokens: int, *, measured: bool = False) -> tuple[Stored, Stored]:
