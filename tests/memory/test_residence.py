@@ -12,6 +12,7 @@ from memory.toys import gdn, make_arena
 from models.test_weights import random_weights, write_config
 from safetensors.torch import save_file
 
+from truekv.core import resident as resident_pages
 from truekv.core.errors import Corrupted
 from truekv.core.resident import mapped, release
 from truekv.core.untouched import untouched
@@ -63,6 +64,20 @@ def test_what_is_released_comes_back() -> None:
     assert code() < before / 4
     assert torch.equal(torch.arange(64.0).view(8, 8).softmax(-1) @ torch.eye(8), expected)
     assert code() > 0
+
+
+def test_lists_of_other_systems_are_read_as_far_as_they_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = tmp_path / "smaps"
+    listed.write_text("00400000-00403000 r-xp 00000000 fe:00 12 /bin/x\nRss:  8 kB\nff-zz what is this\n")
+    monkeypatch.setattr(resident_pages, "_MAPS", listed)
+    (found,) = mapped()
+    assert (found.start, found.size, found.file) == (0x400000, 0x3000, "/bin/x")
+    assert (found.resident, found.anonymous) == (8192, 8192)
+    listed.write_text("nothing of the kind\n")
+    assert list(mapped()) == []
+    release()
+    listed.unlink()
+    assert list(mapped()) == []
 
 
 LOAD = """

@@ -29,6 +29,14 @@ class Corrupted(TrueKVError):
         super().__init__(sentence)
         self.layer = layer
 
+    @classmethod
+    def rows(cls, broken: int, rows: int) -> "Corrupted":
+        """Say how many of the rows that were to be stored are not finite."""
+        return cls(
+            f"{broken} of {rows} cache rows hold NaN or infinity before encoding; "
+            "the step is lost: check the weights and the compute dtype"
+        )
+
 
 class ConstraintFailed(TrueKVError):
     """An answer that its grammar does not let go on: a dead end, or a step beyond the limits of work."""

@@ -32,18 +32,22 @@ class Mapped:
 
 
 def mapped() -> Iterator[Mapped]:
-    """Yield every mapping; none where the system has no such list."""
+    """Yield every mapping; none where the system has no such list.
+
+    Where it does not tell which pages are the process's own, all of them are taken for it.
+    """
     try:
         text = _MAPS.read_text()
     except OSError:
         return
     for block in re.split(r"\n(?=[0-9a-f]+-)", text):
         head = _MAP.match(block)
-        assert head
+        if head is None:
+            continue  # not a line as Linux writes it
         start, end, access, _, file = head.groups()
         sizes = {name: 1024 * int(count) for name, count in re.findall(r"^(\w+): +(\d+) kB", block, re.MULTILINE)}
-        first = int(start, 16)
-        yield Mapped(first, int(end, 16) - first, access, file, sizes["Rss"], sizes["Anonymous"])
+        first, resident = int(start, 16), sizes.get("Rss", 0)
+        yield Mapped(first, int(end, 16) - first, access, file, resident, sizes.get("Anonymous", resident))
 
 
 def release() -> None:

@@ -20,10 +20,7 @@ def finite(rows: torch.Tensor) -> torch.Tensor:
     if rows.numel() and not is_recording() and not bool(torch.isfinite(rows.abs().amax())):
         # A NaN that enters the cache comes back as fluent nonsense many tokens later.
         bad = int((~torch.isfinite(rows)).any(-1).sum())
-        raise Corrupted(
-            f"{bad} of {rows.shape[:-1].numel()} cache rows hold NaN or infinity before encoding; "
-            "the step is lost: check the weights and the compute dtype"
-        )
+        raise Corrupted.rows(bad, rows.shape[:-1].numel())
     return rows.float()
 
 

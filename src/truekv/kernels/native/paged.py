@@ -98,10 +98,7 @@ def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
     )
     run("store", arguments)
     if not is_recording() and (count := int(broken)):
-        raise Corrupted(
-            f"{count} of {rows.shape[0] * rows.shape[1]} cache rows hold NaN or infinity before encoding; "
-            "the step is lost: check the weights and the compute dtype"
-        )
+        raise Corrupted.rows(count, rows.shape[0] * rows.shape[1])
 
 
 def attend(

@@ -74,10 +74,7 @@ def store(stored: Stored, rows_TKD: torch.Tensor, step: Step) -> None:
         enable_fp_fusion=False,
     )
     if broken is not None and (count := int(broken)):
-        raise Corrupted(
-            f"{count} of {tokens * heads} cache rows hold NaN or infinity before encoding; "
-            "the step is lost: check the weights and the compute dtype"
-        )
+        raise Corrupted.rows(count, tokens * heads)
 
 
 def attend(
