@@ -91,7 +91,7 @@ sanitize: $(VENV)/.test $(CMAKE)
 	$(BUILD)
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
-	$(BIN)/python tools/other_library.py build/$@ -x -q -p no:cacheprovider tests/kernels/native \
+	$(BIN)/python tools/other_library.py build/$@ -x -q --capture=sys -p no:cacheprovider tests/kernels/native \
 	  --deselect tests/kernels/native/test_library.py::test_it_is_small
 
 # The kernels for AMX with its tiles emulated, for a machine that has AVX-512 with bf16 and no AMX: what they compute.

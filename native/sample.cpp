@@ -66,7 +66,7 @@ INLINE double exp_of(double a) {
   p = fma(p, r, 1.0 / 39916800), p = fma(p, r, 1.0 / 3628800), p = fma(p, r, 1.0 / 362880);
   p = fma(p, r, 1.0 / 40320), p = fma(p, r, 1.0 / 5040), p = fma(p, r, 1.0 / 720), p = fma(p, r, 1.0 / 120);
   p = fma(p, r, 1.0 / 24), p = fma(p, r, 1.0 / 6), p = fma(p, r, 0.5), p = fma(p, r, 1.0), p = fma(p, r, 1.0);
-  int64_t power;
+  uint64_t power;
   memcpy(&power, &shifted, 8);
   power = (power + 1023) << 52;
   double scale;
