@@ -48,25 +48,20 @@ namespace {
 
 constexpr int SPLIT = 512;  // keys of one partial result
 constexpr int TILE = 64;    // query rows that share a decoded block
-constexpr int AHEAD = 2;    // blocks
+constexpr int AHEAD = 4;    // pieces of rows, each of one field and head
 constexpr int64_t ALONE = 1 << 21;  // products below which waking another thread costs more than it saves
 constexpr int FEW = 16;     // query rows of a tile whose partial results are no burden to keep
+constexpr int PIECES = 8;   // of work for each thread, if heads have to be parted for it
 
-// What a block of one field is read from.
+// What a block of one field and head is read from.
 struct Source {
-  const uint8_t *codes, *scales, *ahead;
+  const uint8_t *codes, *scales;
 };
 
-INLINE Source source(const Stored& s, const Shape& shape, int64_t head, const int64_t* pages, int64_t key, int64_t end) {
-  int64_t line = key % s.page_tokens, later = key + AHEAD * KEYS;
-  const uint8_t* page = head_in_page(s, pages[key / s.page_tokens], head);
-  Source from{page + line * shape.bytes, page + s.page_tokens * shape.bytes + 2 * line, nullptr};
-  if (later < end) {
-    const uint8_t* next = head_in_page(s, pages[later / s.page_tokens], head);
-    from.ahead = next + later % s.page_tokens * shape.bytes;
-    if (shape.scaled) __builtin_prefetch(next + s.page_tokens * shape.bytes + 2 * (later % s.page_tokens));
-  }
-  return from;
+INLINE Source source(const Stored& s, const Shape& shape, int64_t head, const int64_t* pages, int64_t key) {
+  const uint32_t line = (uint32_t)key % (uint32_t)s.page_tokens;  // half the time of a division of 64 bits
+  const uint8_t* page = head_in_page(s, pages[(uint32_t)key / (uint32_t)s.page_tokens], head);
+  return {page + line * shape.bytes, page + s.page_tokens * shape.bytes + 2 * line};
 }
 
 // What rows of a block are multiplied by, 32 of them; lines that nobody wrote may hold anything.
@@ -77,11 +72,14 @@ INLINE void scales(const Shape& shape, const Source& from, float factor, F32* to
   }
 }
 
-// Query rows of one sequence and kv head that are attended together, in the order (token, head of the group).
+// Query rows of one sequence that are attended together: of consecutive kv heads, the same rows of each, in the order
+// (head, token, head of the group). Heads lie side by side in a page, so that memory is read from end to end.
 struct Item {
-  int64_t sequence, head;
-  int64_t first, rows;  // of the rows of this sequence and head
+  int64_t sequence, head, heads;
+  int64_t first, rows;  // of each head's rows
   int64_t split, splits;
+
+  int64_t all() const { return heads * rows; }
 };
 
 // Pieces of work that the threads of a region take until none is left. A thread that wakes late has missed nothing: it
@@ -113,18 +111,17 @@ struct Pieces {
 struct Partial {
   float *mean, *total, *highest;
 
-  static int64_t size(int64_t rows, int lanes) { return rows * (lanes + 2); }
-  Partial(float* at, int64_t rows, int lanes) : mean(at), total(at + rows * lanes), highest(total + rows) {}
+  // Sums and scores of sixteen rows are one vector.
+  static int64_t vectors(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
+  static int64_t size(int64_t rows, int lanes) { return rows * lanes + 2 * vectors(rows); }
+  Partial(float* at, int64_t rows, int lanes) : mean(at), total(at + rows * lanes), highest(total + vectors(rows)) {}
   void clear(int64_t rows, int lanes) {
-    std::fill_n(mean, rows * (lanes + 1), 0.0f);
-    std::fill_n(highest, rows, -INFINITY);
+    std::fill_n(mean, rows * lanes + vectors(rows), 0.0f);
+    std::fill_n(highest, vectors(rows), -INFINITY);
   }
 };
 
-// Where lanes are NaN.
-INLINE auto no_number(F32 v) { return more((I32)v & all((int32_t)0x7fffffff), all((int32_t)0x7f800000)); }
-
-INLINE float finite_or_zero(float x) { return x == -INFINITY ? 0.0f : x; }
+INLINE F32 finite_or_zero(F32 x) { return choose(more(x, all(-INFINITY)) | is_nan(x), x, zero()); }
 INLINE float exp_of(float x) { return exp(all(x))[0]; }
 
 class Attention {
@@ -133,7 +130,7 @@ class Attention {
     for (int f = 0; f < a.fields; f++) scored.emplace_back(a.scored[f].code, a.scored[f].dim);
 #if INTEGERS
     for (int f = 0; f < a.fields; f++)
-      if (of_integers(a.scored[f].code)) scored[f].lanes = query_floats(scored[f].dim);
+      if (of_integers(a.scored[f].code)) scored[f].lanes = query_floats(a.scored[f].code, scored[f].dim);
     if (of_integers(a.value.code)) value.lanes = value_lanes(a.value.code, value.dim);
 #endif
     for (int f = 0; f < a.fields; f++) dims[f] = dims_of(a.scored[f], scored[f]);
@@ -147,15 +144,18 @@ class Attention {
   void run() {
     const int64_t token_bytes = a.heads * a.group * value.dim * (a.bf16 ? 2 : 4), owned = rows_of_head / a.group;
     if (owned < a.tokens) memset((char*)a.out + owned * token_bytes, 0, (a.tokens - owned) * token_bytes);
-    std::vector<Item> tiles = cut();
-    int64_t parts = 0, products = 0, most = 0;
+    std::vector<Item> tiles = cut(a.heads);
+    // Of few pieces the last one would be waited for.
+    for (int64_t heads = a.heads; heads > 1 && pieces_of(tiles) < PIECES * omp_get_max_threads();)
+      tiles = cut(heads = (heads + 1) / 2);
+    int64_t products = 0, most = 0;
     for (const Item& tile : tiles) {
-      parts += tile.splits;
       most = std::max(most, tile.rows);
       const int64_t last = position(tile.sequence, tile.first + tile.rows - 1);
-      products += (last + 1 - oldest(position(tile.sequence, tile.first))) * tile.rows * 2 * value.dim;
+      products += (last + 1 - oldest(position(tile.sequence, tile.first))) * tile.all() * 2 * value.dim;
     }
     worthwhile = products > ALONE;
+    const int64_t parts = pieces_of(tiles);
     // Enough tiles for all threads need no second level.
     const int64_t enough = (most > FEW ? 4 : 16) * omp_get_max_threads();
     if ((int64_t)tiles.size() >= enough || parts == (int64_t)tiles.size()) whole(tiles);
@@ -197,7 +197,7 @@ class Attention {
 #if INTEGERS
     if (of_integers(field.code)) {
       for (int i = 0; i < field.dim; i++) x[i] *= a.factor;
-      return write_query(x, field.dim, to);
+      return write_query(field.code, x, field.dim, to);
     }
 #endif
     for (int lane = 0; lane < scored[f].lanes; lane++) to[lane] = dims[f][lane] < 0 ? 0.0f : x[dims[f][lane]] * a.factor;
@@ -224,16 +224,26 @@ class Attention {
   int64_t position(int64_t sequence, int64_t row) const { return a.position[sequence] + row / a.group; }
   int64_t oldest(int64_t position) const { return a.window && position >= a.window ? position - a.window + 1 : 0; }
 
-  std::vector<Item> cut() const {
+  // With at most so many heads in a tile, where their rows are few.
+  std::vector<Item> cut(int64_t most) const {
     std::vector<Item> tiles;
-    for (int64_t b = 0; b < a.batch; b++)
-      for (int64_t head = 0; head < a.heads; head++)
-        for (int64_t first = 0, rows = a.count[b] * a.group; first < rows; first += TILE) {
+    for (int64_t b = 0; b < a.batch; b++) {
+      const int64_t rows = a.count[b] * a.group, together = rows > FEW ? 1 : std::min(most, TILE / std::max<int64_t>(rows, 1));
+      for (int64_t head = 0; head < a.heads; head += together)
+        for (int64_t first = 0; first < rows; first += TILE) {
           int64_t held = std::min<int64_t>(TILE, rows - first);
           int64_t split = oldest(position(b, first)) / SPLIT;
-          tiles.push_back({b, head, first, held, split, position(b, first + held - 1) / SPLIT - split + 1});
+          tiles.push_back({b, head, std::min(together, a.heads - head), first, held, split,
+                           position(b, first + held - 1) / SPLIT - split + 1});
         }
+    }
     return tiles;
+  }
+
+  static int64_t pieces_of(const std::vector<Item>& tiles) {
+    int64_t count = 0;
+    for (const Item& tile : tiles) count += tile.splits;
+    return count;
   }
 
   int64_t workspace(int64_t rows) const {
@@ -252,11 +262,11 @@ class Attention {
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < (int64_t)tiles.size(); i++) {
         const Item& tile = tiles[i];
-        Partial part(one.get(), tile.rows, value.lanes), folded(sum.get(), tile.rows, value.lanes);
-        folded.clear(tile.rows, value.lanes);
+        Partial part(one.get(), tile.all(), value.lanes), folded(sum.get(), tile.all(), value.lanes);
+        folded.clear(tile.all(), value.lanes);
         for (int64_t s = 0; s < tile.splits; s++) {
           attend_split(tile, tile.split + s, part, space.get());
-          fold(folded, part, tile.rows);
+          fold(folded, part, tile.all());
         }
         finish(tile, folded);
       }
@@ -272,11 +282,11 @@ class Attention {
       place.push_back(size);
       missing[i] = tiles[i].splits;
       for (int64_t s = 0; s < tiles[i].splits; s++) work.emplace_back(i, s);
-      size += tiles[i].splits * Partial::size(tiles[i].rows, value.lanes);
+      size += tiles[i].splits * Partial::size(tiles[i].all(), value.lanes);
     }
     Floats held = floats(size);
     auto partial = [&](int64_t i, int64_t s) {
-      return Partial(held.get() + place[i] + s * Partial::size(tiles[i].rows, value.lanes), tiles[i].rows, value.lanes);
+      return Partial(held.get() + place[i] + s * Partial::size(tiles[i].all(), value.lanes), tiles[i].all(), value.lanes);
     };
     Pieces rows(framed_rows()), pieces(parts);
     std::atomic<int> gone{0};
@@ -290,9 +300,9 @@ class Attention {
         const Item& tile = tiles[i];
         attend_split(tile, tile.split + work[w].second, partial(i, work[w].second), space.get());
         if (missing[i].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-        Partial folded(sum.get(), tile.rows, value.lanes);
-        folded.clear(tile.rows, value.lanes);
-        for (int64_t s = 0; s < tile.splits; s++) fold(folded, partial(i, s), tile.rows);
+        Partial folded(sum.get(), tile.all(), value.lanes);
+        folded.clear(tile.all(), value.lanes);
+        for (int64_t s = 0; s < tile.splits; s++) fold(folded, partial(i, s), tile.all());
         finish(tile, folded);
       });
       // Who sleeps at the end of a region is woken late: the first thread, which goes on from here, comes last.
@@ -316,69 +326,90 @@ class Attention {
   }
 
   void finish(const Item& tile, const Partial& folded) const {
-    for (int64_t r = 0; r < tile.rows; r++) {
-      int64_t row = tile.first + r, token = a.gather[tile.sequence * a.longest + row / a.group];
-      int64_t query_head = tile.head * a.group + row % a.group;
+    for (int64_t r = 0; r < tile.all(); r++) {
+      const int64_t head = tile.head + r / tile.rows, row = tile.first + r % tile.rows;
+      const int64_t token = a.gather[tile.sequence * a.longest + row / a.group], query_head = head * a.group + row % a.group;
       alignas(64) float x[LONGEST];
       const float* mean = folded.mean + r * value.lanes;
       alignas(64) float divided[2 * LONGEST];
       for (int lane = 0; lane < value.lanes; lane += LANES) store(divided + lane, load<F32>(mean + lane) / folded.total[r]);
       for (int lane = 0; lane < value.lanes; lane++) if (dims[2][lane] >= 0) x[dims[2][lane]] = divided[lane];
-      out_of_frame(a.value, tile.head, x);
+      out_of_frame(a.value, head, x);
       int64_t at = (token * a.heads * a.group + query_head) * value.dim;
       if (a.bf16) for (int i = 0; i < value.dim; i++) ((uint16_t*)a.out)[at + i] = float_to_bf16(x[i]);
       else memcpy((float*)a.out + at, x, value.dim * sizeof(float));
     }
   }
 
+  // Fields as they are read: the scored ones, then the value, if it is not one of them.
+  int read_fields() const { return a.fields + (a.latent ? 0 : 1); }
+  const Stored& field(int f) const { return f < a.fields ? a.scored[f] : a.value; }
+  const Shape& shape(int f) const { return f < a.fields ? scored[f] : value; }
+
+  // What is read AHEAD pieces later, up to the key `end`: block after block, of each field head after head.
+  Ahead ahead(const Item& tile, int f, int64_t head, int64_t key, int64_t end) const {
+    const int heads = (int)tile.heads, block = read_fields() * heads;
+    int place = f * heads + (int)head + AHEAD;
+    for (; place >= block; place -= block) key += KEYS;
+    if (key >= end) return {};
+    for (f = 0; place >= heads; place -= heads) f++;
+    const Source later = source(field(f), shape(f), tile.head + place, a.pages + tile.sequence * a.width, key);
+    if (shape(f).scaled) __builtin_prefetch(later.scales);
+    return {later.codes, later.codes + std::min<int64_t>(KEYS, end - key) * shape(f).bytes};
+  }
+
   // One partial result: the keys of one split, for the rows of one tile.
   void attend_split(const Item& tile, int64_t split, Partial part, float* space) const {
-    const int rows = (int)tile.rows;
-    float* scores[2] = {space, space + rows * KEYS};
-    float *weights = space + 2 * rows * KEYS;
-    float* decoded = space + 4 * rows * KEYS;
-    float* decoded_value = decoded;
-    part.clear(rows, value.lanes);
+    const int rows = (int)tile.rows, all = (int)tile.all();
+    float* scores[2] = {space, space + all * KEYS};
+    float *weights = space + 2 * all * KEYS, *decoded = space + 4 * all * KEYS;
+    part.clear(all, value.lanes);
     const int64_t* pages = a.pages + tile.sequence * a.width;
     int64_t from = std::max(split * SPLIT, oldest(position(tile.sequence, tile.first)) / KEYS * KEYS);
     const int64_t written = position(tile.sequence, tile.first + rows - 1) + 1, end = std::min((split + 1) * SPLIT, written);
-    bool direct = rows <= DIRECT && rows != 3;
+    const bool direct = rows <= DIRECT && rows != 3 && !a.latent;
     for (int64_t key = from; key < end; key += KEYS) {
-      int tokens = (int)std::min<int64_t>(KEYS, end - key);
-      F32 factor[2][2];
-      for (int f = 0; f < a.fields; f++) {
-        Source rows_of = source(a.scored[f], scored[f], tile.head, pages, key, written);
-        scales(scored[f], rows_of, 1.0f, factor[f]);
-        score_field(f, rows_of, tile, tokens, direct && !a.latent, scores[f], decoded);
-        if (f == 0 && a.latent) decoded_value = decoded, decoded += KEYS * scored[0].lanes;
+      const int tokens = (int)std::min<int64_t>(KEYS, end - key);
+      for (int f = 0; f < a.fields; f++)
+        for (int64_t h = 0; h < tile.heads; h++) {
+          const int64_t head = tile.head + h;
+          const Source keys = source(a.scored[f], scored[f], head, pages, key);
+          // Latent rows stay decoded, because they are the values too.
+          float* to = decoded + (f > 0 && a.latent ? KEYS * scored[0].lanes : 0);
+          const float* q = query(f, head, first_row[tile.sequence] + tile.first);
+          score_field(f, keys, q, rows, tokens, direct, scores[f] + h * rows * KEYS, to, ahead(tile, f, h, key, written));
+        }
+      soften(tile, key, pages, scores, part, weights);
+      const float* used = weights;
+#if INTEGERS
+      static_assert(WEIGHT_BYTES == KEYS * sizeof(float), "digits and weights of a row are as long");
+      if (of_integers(a.value.code)) write_weights(weights, all, (uint8_t*)(weights + all * KEYS)), used = weights + all * KEYS;
+#endif
+      for (int64_t h = 0; h < tile.heads; h++) {
+        const Source values = source(a.value, value, tile.head + h, pages, key);
+        const Ahead later = a.latent ? Ahead() : ahead(tile, a.fields, h, key, written);
+        weigh_field(values, rows, tokens, direct, used + h * rows * KEYS, part.mean + h * rows * value.lanes, decoded, later);
       }
-      Source values = source(a.value, value, tile.head, pages, key, written);
-      F32 unit[2];
-      scales(value, values, 1.0f, unit);
-      soften(tile, key, scores, factor, unit, part, weights);
-      weigh_field(values, rows, tokens, direct && !a.latent, weights, part.mean, decoded_value);
-      decoded = decoded_value;
     }
   }
 
-  void score_field(int f, const Source& from, const Item& tile, int tokens, bool direct, float* scores, float* decoded) const {
+  void score_field(int f, const Source& from, const float* q, int rows, int tokens, bool direct, float* scores, float* decoded,
+                   Ahead ahead) const {
     const Shape& shape = scored[f];
-    const float* q = query(f, tile.head, first_row[tile.sequence] + tile.first);
 #if INTEGERS
     if (of_integers(a.scored[f].code)) {
       const int code = a.scored[f].code, dim = shape.dim;
       uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(dim);
       lay_keys(spread(code, from.codes, shape.bytes, dim, bytes), dim / planes(code), laid);
-      const int ahead = from.ahead ? up(4 * planes(code) * KEYS * shape.bytes, dim) : 0;
 #if defined(TILES)
-      if (tile.rows > UNTILED) return in_sixteens((int)tile.rows, [&](int r, int count) {
+      if (rows > UNTILED) return in_sixteens(rows, [&](int r, int count) {
         auto go = code == LM4 ? score_tiles<2> : score_tiles<1>;
-        go(laid, dim, q + r * shape.lanes, count, scores + r * KEYS, from.ahead, r == 0 ? ahead : 0);
+        go(laid, dim, q + r * shape.lanes, shape.lanes, count, scores + r * KEYS, r == 0 ? ahead : Ahead());
       });
 #endif
-      return in_fours((int)tile.rows, [&](int r, auto count) {
+      return in_fours(rows, [&](int r, auto count) {
         auto go = code == LM4 ? score_integers<2, count> : score_integers<1, count>;
-        go(laid, dim, q + r * shape.lanes, scores + r * KEYS, from.ahead, r == 0 ? ahead : 0);
+        go(laid, dim, q + r * shape.lanes, shape.lanes, scores + r * KEYS, r == 0 ? ahead : Ahead());
       });
     }
 #endif
@@ -386,45 +417,43 @@ class Attention {
       using D = typename decltype(type)::Decoder;
       D decoder(shape.dim);
       if constexpr (DIRECT > 0) {
-        auto go = tile.rows == 1 ? score<D, 1> : tile.rows == 2 ? score<D, 2> : score<D, 4>;
-        if (direct) return go(decoder, from.codes, shape.bytes, shape.units, q, shape.lanes, tokens, scores, from.ahead);
+        auto go = rows == 1 ? score<D, 1> : rows == 2 ? score<D, 2> : score<D, 4>;
+        if (direct) return go(decoder, from.codes, shape.bytes, shape.units, q, shape.lanes, tokens, scores, ahead);
       }
-      decode(decoder, from.codes, shape.bytes, shape.units, tokens, decoded, from.ahead);
-      in_fours((int)tile.rows, [&](int r, auto count) {
+      decode(decoder, from.codes, shape.bytes, shape.units, tokens, decoded, ahead);
+      in_fours(rows, [&](int r, auto count) {
         score<Float32, count>(Float32(0), (const uint8_t*)decoded, 4 * shape.lanes, shape.lanes / LANES,
-                              q + r * shape.lanes, shape.lanes, tokens, scores + r * KEYS, nullptr);
+                              q + r * shape.lanes, shape.lanes, tokens, scores + r * KEYS, Ahead());
       });
     });
   }
 
-  void weigh_field(const Source& from, int rows, int tokens, bool direct, const float* weights, float* mean, float* decoded) const {
+  // `weights` is what `soften` wrote; of integers, their digits.
+  void weigh_field(const Source& from, int rows, int tokens, bool direct, const float* weights, float* mean, float* decoded,
+                   Ahead ahead) const {
 #if INTEGERS
     if (of_integers(a.value.code)) {
       const int code = a.value.code;
       uint8_t *laid = (uint8_t*)decoded, *bytes = laid + KEYS * padded(value.dim);
-      uint8_t* digits = (uint8_t*)(weights + rows * KEYS);
       const Bytes stored = spread(code, from.codes, value.bytes, value.dim, bytes);
       const int held = value.dim / planes(code);
       if (rows > 4) lay_values(stored, held, laid);
-      for (int r = 0; r < rows; r++) write_weights(weights + r * KEYS, digits + r * WEIGHT_BYTES);
 #if defined(TILES)
       if (rows > UNTILED) return in_sixteens(rows, [&](int r, int count) {
-        const int ahead = from.ahead && !a.latent && r == 0 ? up(KEYS * value.bytes, value.lanes / (planes(code) * LANES)) : 0;
         auto go = code == LM4 ? weigh_tiles<2> : weigh_tiles<1>;
-        go(laid, value.lanes, digits + r * WEIGHT_BYTES, count, mean + r * value.lanes, from.ahead, ahead);
+        go(laid, value.lanes, (const uint8_t*)weights + r * WEIGHT_BYTES, count, mean + r * value.lanes, r == 0 ? ahead : Ahead());
       });
 #endif
       return in_fours(rows, [&](int r, auto count) {
-        const bool fetches = from.ahead && !a.latent && r == 0;
-        const int ahead = fetches ? up(KEYS * value.bytes, weigh_steps(count, value.lanes)) : 0;
-        const uint8_t* weights_of = digits + r * WEIGHT_BYTES;
+        const Ahead later = r == 0 ? ahead : Ahead();
+        const uint8_t* weights_of = (const uint8_t*)weights + r * WEIGHT_BYTES;
         float* to = mean + r * value.lanes;
         if (rows > 4) {
           auto go = code == LM4 ? weigh_integers<2, count> : weigh_integers<1, count>;
-          go(laid, value.lanes, weights_of, to, from.ahead, ahead);
+          go(laid, value.lanes, weights_of, to, later);
         } else {
           auto go = code == LM4 ? weigh_rows<2, count> : weigh_rows<1, count>;
-          go(stored, held, value.lanes, weights_of, to, from.ahead, ahead);
+          go(stored, held, value.lanes, weights_of, to, later);
         }
       });
     }
@@ -434,63 +463,78 @@ class Attention {
       D decoder(value.dim);
       if constexpr (DIRECT > 0) {
         auto go = rows == 1 ? weigh<D, 1> : rows == 2 ? weigh<D, 2> : weigh<D, 4>;
-        if (direct) return go(decoder, from.codes, value.bytes, value.units, weights, tokens, mean, value.lanes, from.ahead);
+        if (direct) return go(decoder, from.codes, value.bytes, value.units, weights, tokens, mean, value.lanes, ahead);
       }
-      if (!a.latent) decode(decoder, from.codes, value.bytes, value.units, tokens, decoded, from.ahead);
+      if (!a.latent) decode(decoder, from.codes, value.bytes, value.units, tokens, decoded, ahead);
       in_fours(rows, [&](int r, auto count) {
         weigh<Float32, count>(Float32(0), (const uint8_t*)decoded, 4 * value.lanes, value.lanes / LANES,
-                              weights + r * KEYS, tokens, mean + r * value.lanes, value.lanes, nullptr);
+                              weights + r * KEYS, tokens, mean + r * value.lanes, value.lanes, Ahead());
       });
     });
   }
 
-  // One step of the online softmax over one block: weights (times the values' scales) from scores. Row after row is
-  // begun before the first one is done, since each waits for the largest of its scores and for their sum.
-  void soften(const Item& tile, int64_t key, float* const* scores, const F32 (*factor)[2], const F32* unit, Partial& part,
-              float* weights) const {
+  // One step of the online softmax over one block: weights (times the values' scales) from scores. Sixteen rows at a
+  // time, because each waits for the largest of its scores and for their sum.
+  void soften(const Item& tile, int64_t key, const int64_t* pages, float* const* scores, Partial& part, float* weights) const {
     alignas(64) constexpr int32_t counted[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const I32 count = load<I32>(counted);
-    const int rows = (int)tile.rows;
-    float before[TILE];
-    int32_t last[TILE];  // the last key of the block that a row sees
-    for (int r = 0; r < rows; r++) {
-      const int64_t at = position(tile.sequence, tile.first + r);
-      const int32_t low = (int32_t)std::max<int64_t>(oldest(at) - key, 0), high = (int32_t)std::min<int64_t>(at - key, KEYS - 1);
-      F32 s[2];
-      for (int i = 0; i < 2; i++) {
-        s[i] = load<F32>(scores[0] + r * KEYS + i * LANES) * factor[0][i];
-        if (a.fields > 1) s[i] = fma(load<F32>(scores[1] + r * KEYS + i * LANES), factor[1][i], s[i]);
-        if (low > 0 || high < KEYS - 1) {
-          I32 place = count + all((int32_t)(i * LANES));
+    const I32 counts[2] = {load<I32>(counted), load<I32>(counted) + all((int32_t)LANES)};
+    const int64_t first = position(tile.sequence, tile.first), final = position(tile.sequence, tile.first + tile.rows - 1);
+    const bool seen = key + KEYS - 1 <= first && oldest(final) <= key;  // all keys by all rows
+    const int rows = (int)tile.rows, all_rows = (int)tile.all();
+    // The first and the last key of the block that a row sees.
+    auto bounds = [&](int row, I32& low, I32& high) INLINE_LAMBDA {
+      const int64_t at = position(tile.sequence, tile.first + row);
+      low = all((int32_t)std::max<int64_t>(oldest(at) - key, 0)), high = all((int32_t)std::min<int64_t>(at - key, KEYS - 1));
+    };
+    for (int start = 0; start < all_rows; start += LANES) {
+      const int count = std::min(LANES, all_rows - start);
+      F32 top[LANES], unit[2], factor[2][2];
+      for (int i = 0, row = start % rows, head = start / rows; i < count; i++) {
+        if (i == 0 || row == 0)
+          for (int f = 0; f < a.fields; f++)
+            scales(scored[f], source(a.scored[f], scored[f], tile.head + head, pages, key), 1.0f, factor[f]);
+        float* own = scores[0] + (start + i) * KEYS;
+        F32 s[2];
+        for (int half = 0; half < 2; half++) {
+          s[half] = load<F32>(own + half * LANES) * factor[0][half];
+          if (a.fields > 1) s[half] = fma(load<F32>(scores[1] + (start + i) * KEYS + half * LANES), factor[1][half], s[half]);
+        }
+        if (!seen) {
+          I32 low, high;
+          bounds(row, low, high);
           // Chosen, not multiplied: what lies in unwritten lines may be NaN.
-          s[i] = choose(more(all(low), place) | more(place, all(high)), all(-INFINITY), s[i]);
+          for (int half = 0; half < 2; half++)
+            s[half] = choose(more(low, counts[half]) | more(counts[half], high), all(-INFINITY), s[half]);
         }
-        store(scores[0] + r * KEYS + i * LANES, s[i]);
+        store(own, s[0]), store(own + LANES, s[1]);
+        top[i] = max(s[0], s[1]);
+        if (++row == rows) row = 0, head++;
       }
-      const float highest = std::max(part.highest[r], largest(max(s[0], s[1])));
-      before[r] = highest == part.highest[r] ? 1.0f : exp_of(part.highest[r] - finite_or_zero(highest));
-      part.highest[r] = highest;
-      last[r] = high;
-    }
-    for (int r = 0; r < rows; r++) {
-      const F32 relative = all(finite_or_zero(part.highest[r]));
-      F32 p[2];
-      for (int i = 0; i < 2; i++) {
-        const F32 s = load<F32>(scores[0] + r * KEYS + i * LANES);
-        // A key that is no number must not pass for one of no weight.
-        p[i] = choose(no_number(s), s, exp(s - relative));
-      }
-      part.total[r] = part.total[r] * before[r] + sum(p[0] + p[1]);
-      for (int i = 0; i < 2; i++) {
-        F32 weight = p[i] * unit[i];
-        if (last[r] < KEYS - 1) weight = choose(more(count + all((int32_t)(i * LANES)), all(last[r])), zero(), weight);
-        store(weights + r * KEYS + i * LANES, weight);
-      }
-      if (before[r] != 1.0f)
-        for (int i = 0; i < value.lanes; i += LANES) {
-          float* at = part.mean + r * value.lanes + i;
-          store(at, load<F32>(at) * before[r]);
+      for (int i = count; i < LANES; i++) top[i] = all(-INFINITY);
+      const F32 before = load<F32>(part.highest + start), highest = max(before, largests(top));
+      const F32 relative = finite_or_zero(highest), shrunk = exp(before - relative);
+      alignas(64) float base[LANES], shrink[LANES];
+      store(part.highest + start, highest), store(base, relative), store(shrink, shrunk);
+      for (int i = 0, row = start % rows, head = start / rows; i < count; i++) {
+        if (i == 0 || row == 0) scales(value, source(a.value, value, tile.head + head, pages, key), 1.0f, unit);
+        const float* own = scores[0] + (start + i) * KEYS;
+        // A key that is no number must not pass for one of no weight: e^NaN is NaN.
+        const F32 p[2] = {exp(load<F32>(own) - all(base[i])), exp(load<F32>(own + LANES) - all(base[i]))};
+        top[i] = p[0] + p[1];
+        F32 weight[2] = {p[0] * unit[0], p[1] * unit[1]};
+        if (!seen) {
+          I32 low, high;
+          bounds(row, low, high);
+          for (int half = 0; half < 2; half++) weight[half] = choose(more(counts[half], high), zero(), weight[half]);
         }
+        store(weights + (start + i) * KEYS, weight[0]), store(weights + (start + i) * KEYS + LANES, weight[1]);
+        if (shrink[i] != 1.0f)
+          for (float* at = part.mean + (start + i) * value.lanes; at < part.mean + (start + i + 1) * value.lanes; at += LANES)
+            store(at, load<F32>(at) * all(shrink[i]));
+        if (++row == rows) row = 0, head++;
+      }
+      for (int i = count; i < LANES; i++) top[i] = zero();
+      store(part.total + start, load<F32>(part.total + start) * shrunk + sums(top));
     }
   }
 };

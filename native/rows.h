@@ -18,19 +18,28 @@ constexpr int SUMS = 4;
 constexpr int DIRECT = 0;
 #endif
 
-// Into the second level: two blocks of keys and values would push each other out of the first (half the speed).
-INLINE void fetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
+// Rows that will be needed later. Whoever computes fetches a few lines of them at each of its steps.
+// Into the second level: in the first, what is fetched and what is in use would push each other out (half the speed).
+struct Ahead {
+  const uint8_t *at = nullptr, *end = nullptr;
+  int step = 64;
+
+  INLINE Ahead in(int64_t steps) const { return {at, end, (int)((end - at + 64 * steps - 1) / (64 * steps)) * 64}; }
+  INLINE void fetch() {
+    if (at >= end) return;
+    for (int i = 0; i < step; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += step;
+  }
+};
 
 // scores[r][t] = sum over lanes of query r * key t, for ROWS queries and all tokens, in units of the key.
 // A few tokens beyond the last one may be scored too, so that sixteen sums are added up at once.
 template <class D, int ROWS>
 void score(const D& decoder, const uint8_t* keys, int bytes, int units, const float* query, int lanes, int tokens,
-           float* scores, const uint8_t* ahead) {
+           float* scores, Ahead ahead) {
   constexpr int TOKENS = LANES / ROWS, AT_ONCE = std::max(1, SUMS / ROWS);
+  ahead = ahead.in((tokens + TOKENS - 1) / TOKENS * std::max(1, TOKENS / AT_ONCE) * units);
   for (int t = 0; t < tokens; t += TOKENS) {
-    if (ahead) fetch(ahead + t * bytes, TOKENS * bytes);
     F32 total[LANES];
 #pragma GCC unroll 4
     for (int first = 0; first < TOKENS; first += AT_ONCE) {
@@ -39,6 +48,7 @@ void score(const D& decoder, const uint8_t* keys, int bytes, int units, const fl
       for (int i = 0; i < ROWS * AT_ONCE; i++) part[i] = zero();
       const uint8_t* row = keys + (int64_t)(t + first) * bytes;
       for (int unit = 0; unit < units; unit++) {
+        ahead.fetch();
         const float* q = query + unit * D::VECTORS * LANES;
 #pragma GCC unroll 16
         for (int i = 0; i < AT_ONCE; i++) {
@@ -64,7 +74,7 @@ void score(const D& decoder, const uint8_t* keys, int bytes, int units, const fl
 // mean[r] += weights[r][t] * value t, token after token, for ROWS rows and `count` units of lanes from `unit` on.
 template <class D, int ROWS, int UNITS>
 INLINE void weigh_units(const D& decoder, const uint8_t* values, int bytes, int unit, const float* weights, int tokens,
-                        float* mean, int lanes, const uint8_t* ahead) {
+                        float* mean, int lanes, Ahead& ahead) {
   constexpr int VECTORS = UNITS * D::VECTORS;
   F32 total[ROWS][VECTORS];
   float* at = mean + unit * D::VECTORS * LANES;
@@ -73,7 +83,7 @@ INLINE void weigh_units(const D& decoder, const uint8_t* values, int bytes, int 
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) total[r][v] = load<F32>(at + r * lanes + v * LANES);
   for (int t = 0; t < tokens; t++) {
-    if (ahead) fetch(ahead + t * bytes, bytes);
+    ahead.fetch();
     F32 value[VECTORS];
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; u++) decoder.read(values + t * bytes, unit + u, value + u * D::VECTORS);
@@ -92,21 +102,22 @@ INLINE void weigh_units(const D& decoder, const uint8_t* values, int bytes, int 
 
 template <class D, int ROWS>
 void weigh(const D& decoder, const uint8_t* values, int bytes, int units, const float* weights, int tokens, float* mean,
-           int lanes, const uint8_t* ahead) {
+           int lanes, Ahead ahead) {
   constexpr int MOST = std::max(1, std::min(8, SUMS / ROWS) / D::VECTORS);
+  ahead = ahead.in(tokens * (units / MOST + units % MOST));
   int unit = 0;
-  for (; unit + MOST <= units; unit += MOST) {
-    weigh_units<D, ROWS, MOST>(decoder, values, bytes, unit, weights, tokens, mean, lanes, unit ? nullptr : ahead);
-  }
+  for (; unit + MOST <= units; unit += MOST)
+    weigh_units<D, ROWS, MOST>(decoder, values, bytes, unit, weights, tokens, mean, lanes, ahead);
   for (; unit < units; unit++)
-    weigh_units<D, ROWS, 1>(decoder, values, bytes, unit, weights, tokens, mean, lanes, unit ? nullptr : ahead);
+    weigh_units<D, ROWS, 1>(decoder, values, bytes, unit, weights, tokens, mean, lanes, ahead);
 }
 
 // Writes the numbers of `tokens` rows, in units of their rows, to [tokens, lanes].
 template <class D>
-void decode(const D& decoder, const uint8_t* rows, int bytes, int units, int tokens, float* to, const uint8_t* ahead) {
+void decode(const D& decoder, const uint8_t* rows, int bytes, int units, int tokens, float* to, Ahead ahead) {
+  ahead = ahead.in(tokens);
   for (int t = 0; t < tokens; t++) {
-    if (ahead) fetch(ahead + t * bytes, bytes);
+    ahead.fetch();
     for (int unit = 0; unit < units; unit++) {
       F32 out[D::VECTORS];
       decoder.read(rows + t * bytes, unit, out);

@@ -122,25 +122,44 @@ INLINE float largest(F32 a) {
 #endif
 }
 
-// Lane i is `sum(a[i])`, in that very order of additions: sixteen sums for the price of four.
-INLINE F32 sums(const F32* a) {
 #if defined(__AVX512F__)
-  // Each step adds halves of what is left of two sums and packs them into one register. The last two steps work
-  // inside quarters, so the sums come out transposed: they go in transposed too.
+// Lane i is what `op` makes of all lanes of a[i].
+template <class Op>
+INLINE F32 each_folded(const F32* a, Op op) {
+  // Each step folds halves of what is left of two rows and packs them into one register. The last two steps work
+  // inside quarters, so the results come out transposed: they go in transposed too.
   __m512 half[8], quarter[4], pair[2];
   for (int i = 0; i < 8; i++) {
     __m512 x = (__m512)a[4 * (2 * i % 4) + 2 * i / 4], y = (__m512)a[4 * ((2 * i + 1) % 4) + (2 * i + 1) / 4];
-    half[i] = _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xEE);
+    half[i] = op(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
   }
   for (int i = 0; i < 4; i++) {
     __m512 x = half[2 * i], y = half[2 * i + 1];
-    quarter[i] = _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xDD);
+    quarter[i] = op(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
   }
   for (int i = 0; i < 2; i++) {
     __m512d x = (__m512d)quarter[2 * i], y = (__m512d)quarter[2 * i + 1];
-    pair[i] = (__m512)_mm512_unpacklo_pd(x, y) + (__m512)_mm512_unpackhi_pd(x, y);
+    pair[i] = op((__m512)_mm512_unpacklo_pd(x, y), (__m512)_mm512_unpackhi_pd(x, y));
   }
-  return (F32)(_mm512_shuffle_ps(pair[0], pair[1], 0x88) + _mm512_shuffle_ps(pair[0], pair[1], 0xDD));
+  return (F32)op(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xDD));
+}
+#endif
+
+// Lane i is `largest(a[i])`.
+INLINE F32 largests(const F32* a) {
+#if defined(__AVX512F__)
+  return each_folded(a, [](__m512 x, __m512 y) INLINE_LAMBDA { return _mm512_max_ps(x, y); });
+#else
+  float lanes[LANES];
+  for (int i = 0; i < LANES; i++) lanes[i] = largest(a[i]);
+  return load<F32>(lanes);
+#endif
+}
+
+// Lane i is `sum(a[i])`, in that very order of additions: sixteen sums for the price of four.
+INLINE F32 sums(const F32* a) {
+#if defined(__AVX512F__)
+  return each_folded(a, [](__m512 x, __m512 y) INLINE_LAMBDA { return x + y; });
 #elif defined(__AVX2__)
   F32 r;
   for (int part = 0; part < 2; part++) {
@@ -338,10 +357,10 @@ INLINE I8 look_up(I8 table, U8 index) {
 #endif
 }
 
-// e^a within 2 units in the last place; 0 below -87.3, which also takes in minus infinity.
+// e^a within 2 units in the last place; 0 below -87.3, which also takes in minus infinity; NaN stays NaN.
 // Cody and Waite's reduction, and the polynomial of Cephes' expf.
 INLINE F32 exp(F32 a) {
-  F32 x = max(a, all(-88.0f));
+  F32 x = max(all(-88.0f), a);
   F32 n = fma(x, all(1.44269504088896341f), all(12582912.0f)) - all(12582912.0f);
   F32 r = fma(n, all(-0.693359375f), x);
   r = fma(n, all(2.12194440e-4f), r);
@@ -352,9 +371,14 @@ INLINE F32 exp(F32 a) {
   p = fma(p, r, all(1.6666665459e-1f));
   p = fma(p, r, all(5.0000001201e-1f));
   p = fma(p, r * r, r + all(1.0f));
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(-87.3f), _CMP_NLE_UQ);
+  return (F32)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
   I32 power = to_i32(n);
   F32 result = p * (F32)((power + 127) << 23);
-  return (F32)((I32)result & more(a, all(-87.3f)));
+  return choose(is_nan(a), a, (F32)((I32)result & more(a, all(-87.3f))));
+#endif
 }
 
 // e^a, each lane rounded as the C library rounds it: within 0.51 units. For decays, whose errors a state compounds.
