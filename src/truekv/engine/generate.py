@@ -151,13 +151,15 @@ class Engine:
         if not shares:
             return []
         chunks = [_chunk(share) for share in shares]
-        wanted = [self._answers[share.request.identity].wanted(share) for share in shares]
+        answers = [self._answers[share.request.identity] for share in shares]
+        wanted = [answer.wanted(share) for answer, share in zip(answers, shares, strict=True)]
+        read = [answer.reads(share) for answer, share in zip(answers, shares, strict=True)]
         self.steps += 1
         if self.observer:
             requests = [share.request.identity for share in shares]
             self.observer.before_step(requests, sum(len(chunk.tokens) for chunk in chunks))
         try:
-            ran = self.runner.run(chunks, wanted)
+            ran = self.runner.run(chunks, wanted, read)
         except Corrupted as error:
             return self._suspect(shares, error)
         return self._finish(shares, ran)
@@ -199,14 +201,12 @@ class Engine:
             [] if isinstance(rows, Corrupted) else self._answers[share.request.identity].draws(share, rows)
             for share, rows in zip(shares, ran.rows, strict=True)
         ]
-        together = [draw for some in draws for draw in some if not draw.greedy]
+        together = list(itertools.chain.from_iterable(draws))
         tokens = iter(self.runner.arena.kernels.draw(together) if together else ())
         # The largest logits are known from the look at whether all of them are finite.
         return [
-            [place if draw.greedy else next(tokens) for draw, place in zip(some, places[-len(some) :], strict=True)]
-            if some
-            else []
-            for some, places in zip(draws, ran.likeliest, strict=True)
+            self._answers[share.request.identity].likeliest(share, places) or [next(tokens) for _ in some]
+            for share, some, places in zip(shares, draws, ran.likeliest, strict=True)
         ]
 
     def _advance(self, item: Verified) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -24,7 +25,10 @@ class Ran:
     hidden: torch.Tensor
     """[T, hidden_size] residuals of all tokens, chunk after chunk."""
     rows: list[torch.Tensor | Corrupted]
-    """For each chunk the logits of its last wanted tokens, float32 [wanted, vocab] on the host, or why not."""
+    """For each chunk the logits of its last wanted tokens, float32 [wanted, vocab] on the host, or why not.
+
+    Of a chunk whose logits nobody asked to read there are none: [0, vocab].
+    """
     likeliest: list[list[int]]
     """For each of them the place of its largest number, of equal ones the first."""
 
@@ -38,29 +42,31 @@ class Runner:
         self.arena = arena
         self.forward = forward or self._eager
 
-    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Ran:
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], read: Sequence[bool] | None = None) -> Ran:
         """Run one step; nothing in it is real until the caller advances each chunk's sequence.
 
-        A chunk whose numbers are not finite gets a Corrupted instead of logits; Corrupted is raised
-        when the step failed and it is unknown whose fault it was.
+        `read`: whose logits are to be there to read; of the others only `likeliest` leaves the device. All by
+        default. A chunk whose numbers are not finite gets a Corrupted instead of logits; Corrupted is raised when
+        the step failed and it is unknown whose fault it was.
         """
         step = self.arena.reserve(list(chunks))
         with torch.inference_mode():
             hidden_TH = self.forward(step)
             rows, largest = _rows(chunks, wanted), self.arena.kernels.ops.largest
             read_NH = hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows]
-            logits_NV = self.model.logits(read_NH).float() if rows else torch.empty(0, 1)
-            # One pass over the numbers finds the largest and those that are none.
-            peaks_T = cast("list[int]", largest(hidden_TH).tolist())
-            peaks_N = cast("list[int]", largest(logits_NV).tolist())
-            logits_NV = logits_NV.cpu()
+            logits_NV = (
+                self.model.logits(read_NH).float() if rows else hidden_TH.new_empty(0, self.model.spec.vocab_size)
+            )
+            # One pass over the numbers finds the largest and those that are none; the host waits for both at once.
+            peaks = cast("list[int]", torch.cat([largest(hidden_TH), largest(logits_NV)]).tolist())
+            logits = _to_host(logits_NV, wanted, read or [True] * len(chunks))
         results: list[torch.Tensor | Corrupted] = []
         likeliest: list[list[int]] = []
-        token = row = 0
-        for chunk, count in zip(chunks, wanted, strict=True):
-            likeliest.append(peaks_N[row : row + count])
-            sound = min(peaks_T[token : token + len(chunk.tokens)] + likeliest[-1], default=0) >= 0
-            results.append(logits_NV[row : row + count] if sound else Corrupted(_sentence(chunk)))
+        token, row = 0, len(hidden_TH)
+        for chunk, count, part_NV in zip(chunks, wanted, logits, strict=True):
+            likeliest.append(peaks[row : row + count])
+            sound = min(peaks[token : token + len(chunk.tokens)] + likeliest[-1], default=0) >= 0
+            results.append(part_NV if sound else Corrupted(_sentence(chunk)))
             token += len(chunk.tokens)
             row += count
         return Ran(hidden_TH, results, likeliest)
@@ -102,6 +108,20 @@ def _rows(chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[int]:
         end += len(chunk.tokens)
         rows.extend(range(end - count, end))
     return rows
+
+
+def _to_host(logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[bool]) -> list[torch.Tensor]:
+    """Return each chunk's logits on the host, or none of them where nobody reads them; all of them are one copy."""
+    counts = [count if asked else 0 for count, asked in zip(wanted, read, strict=True)]
+    if sum(counts) < len(logits_NV):
+        kept = zip(_split(logits_NV, wanted), counts, strict=True)
+        logits_NV = torch.cat([part_NV[:count] for part_NV, count in kept])
+    return _split(logits_NV.cpu(), counts)
+
+
+def _split(rows_NV: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    ends = list(itertools.accumulate(counts))
+    return [rows_NV[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def _sentence(chunk: Chunk) -> str:

@@ -85,6 +85,11 @@ class Sampler:
         """Whether a row of logits is all that a token depends on, so that later rows can be drawn from at once."""
         return self._constraint is None and self._penalties is None and self._biased is None and self._banned is None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the first of the largest logits of its row, whatever they are."""
+        return self.independent and (self.params.temperature == 0 or self.params.top_k == 1)
+
     def ask(self, logits_V: torch.Tensor, ahead: int = 0) -> Draw:
         """Return the draw of the next token, or of the one that follows `ahead` others if it is `independent`.
 

@@ -1,4 +1,4 @@
-"""Linear maps by torch's own products (cuBLAS), norms, gates and experts by Triton, routers in plain torch.
+"""Linear maps by torch's own products (cuBLAS), norms, gates, experts and greedy tokens by Triton, routers in torch.
 
 Unlike the native kernels', the last bits of a product's row may depend on how many rows there are.
 """
@@ -11,6 +11,7 @@ from truekv.core.lazy import torch
 from truekv.kernels.reference.ops import ReferenceMatrix, ReferenceOps
 from truekv.kernels.triton import rows
 from truekv.kernels.triton.experts import TritonExperts
+from truekv.kernels.triton.largest import largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +30,6 @@ class TritonOps:
         self.angles = reference.angles
         self.route = reference.route
         self.finite = reference.finite
-        self.largest = reference.largest
 
     def matrix(self, parts: Seq[Part]) -> Matrix:
         """Join the parts, so that there is one product."""
@@ -53,6 +53,7 @@ class TritonOps:
     softplus = staticmethod(rows.softplus)
     delta_gates = staticmethod(rows.delta_gates)
     rotate = staticmethod(rows.rotate)
+    largest = staticmethod(largest)
 
 
 OPS: Final[Ops] = TritonOps()
