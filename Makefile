@@ -38,7 +38,7 @@ campaign: $(VENV)/.test
 
 # Bugs that other engines have shipped, put into the code one by one, and the test that notices each.
 mutants: $(VENV)/.test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=tests $(BIN)/python -m mutants
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python -m mutants
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .
