@@ -78,16 +78,18 @@ def test_experts(count: int, tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 1025, 4096, 151936])
 def test_the_largest_of_each_row(dim: int, dtype: torch.dtype) -> None:
-    x = random(5, dim + 3, dtype=dtype)[:, :dim] - 10
+    wide = random(5, dim + 3, dtype=dtype) - 10
+    x = wide[:, :dim]
     x[1, [dim // 3, dim - 1]] = torch.tensor([-0.0, 0.0], dtype=dtype)
     x[2, [dim // 2, dim - 1]] = 1.0
     x[3, dim // 4], x[4, dim - 1] = torch.nan, -torch.inf
     expected = REFERENCE.largest(x).tolist()
     assert expected[1:] == [dim // 3, dim // 2, -1, -1]
-    for rows in (x, x[1::2], x[:1]):
-        found = TRITON.largest(rows.to(DEVICE))
+    moved = wide.to(DEVICE)[:, :dim]
+    for rows in (slice(None), slice(1, None, 2), slice(1)):
+        found = TRITON.largest(moved[rows])
         assert found.device.type == DEVICE
-        assert found.tolist() == REFERENCE.largest(rows).tolist()
+        assert found.tolist() == REFERENCE.largest(x[rows]).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -53,7 +53,9 @@ class Runner:
         with torch.inference_mode():
             hidden_TH = self.forward(step)
             rows, largest = _rows(chunks, wanted), self.arena.kernels.ops.largest
-            read_NH = hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows]
+            read_NH = hidden_TH
+            if len(rows) < len(hidden_TH):
+                read_NH = hidden_TH.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden_TH.device))
             logits_NV = (
                 self.model.logits(read_NH).float() if rows else hidden_TH.new_empty(0, self.model.spec.vocab_size)
             )
