@@ -53,12 +53,7 @@ class Runner:
         with torch.inference_mode():
             hidden_TH = self.forward(step)
             rows, largest = _rows(chunks, wanted), self.arena.kernels.ops.largest
-            read_NH = hidden_TH
-            if len(rows) < len(hidden_TH):
-                read_NH = hidden_TH.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden_TH.device))
-            logits_NV = (
-                self.model.logits(read_NH).float() if rows else hidden_TH.new_empty(0, self.model.spec.vocab_size)
-            )
+            logits_NV = self._logits(hidden_TH, rows)
             # One pass over the numbers finds the largest and those that are none; the host waits for both at once.
             peaks = cast("list[int]", torch.cat([largest(hidden_TH), largest(logits_NV)]).tolist())
             logits = _to_host(logits_NV, wanted, read or [True] * len(chunks))
@@ -72,6 +67,14 @@ class Runner:
             token += len(chunk.tokens)
             row += count
         return Ran(hidden_TH, results, likeliest)
+
+    def _logits(self, hidden_TH: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Return float32 [N, vocab] of some tokens, where the model is."""
+        if not rows:
+            return hidden_TH.new_empty(0, self.model.spec.vocab_size)
+        if len(rows) < len(hidden_TH):
+            hidden_TH = hidden_TH.index_select(0, torch.tensor(rows, device=hidden_TH.device))
+        return self.model.logits(hidden_TH).float()
 
     def step(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[torch.Tensor | Corrupted]:
         """Run one step and make every healthy chunk without drafts real; return the logits of `run`.
