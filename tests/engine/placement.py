@@ -24,6 +24,7 @@ from truekv.core.recording import recording
 from truekv.engine import capture
 from truekv.engine.capture import StepGraphs
 from truekv.engine.run import Runner
+from truekv.engine.sample import ALL
 from truekv.engine.speculate.mtp import Predictor, Row
 from truekv.formats.choice import choose_formats
 from truekv.kernels.table import select
@@ -35,7 +36,7 @@ from truekv.models.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-DRAFTS, SEQUENCES = 3, 3
+DRAFTS, SEQUENCES, BEST = 3, 3, 7
 launched: Counter[str] = Counter()
 
 
@@ -116,10 +117,11 @@ def serve(directory: Path, kv: str, dtype: Any, device: torch.device, *, misplac
     shapes: list[list[tuple[int, ...]]] = []
     for count, drafts, wanted in ((40, 0, 1), (3, 0, 0), (1, 0, 1), (1 + DRAFTS, DRAFTS, 1 + DRAFTS)):
         chunks = [Chunk(sequence, [1] * count, drafts, DRAFTS) for sequence in held]
-        ran = runner.run(chunks, [wanted] * SEQUENCES, [True, False, True])
+        ran = runner.run(chunks, [wanted] * SEQUENCES, [ALL, 0, BEST])
         rows = [part for part in ran.rows if isinstance(part, torch.Tensor)]
         assert ran.hidden.device == device
         assert all(part.device.type == "cpu" for part in rows)
+        assert all(part is None or part.device.type == "cpu" for part in ran.places)
         shapes.append([tuple(part.shape) for part in rows])
         if predictor:
             places = [range(start * count, start * count + count - drafts) for start in range(SEQUENCES)]

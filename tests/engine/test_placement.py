@@ -48,9 +48,13 @@ def test_whole_models_on_a_device_that_is_not_there(directories: list[Path]) -> 
         # Of the second sequence nobody reads any.
         assert [rows for rows, _ in prompt] == [rows for rows, _ in token] == [1, 0, 1]
         assert [rows for rows, _ in drafts] == [4, 0, 4]
+        # And of the third the best alone.
+        (whole, vocab), _, (best, few) = drafts
+        assert (whole, best, few) == (4, 4, 7)
+        assert vocab > few
         assert served["drafted"] == (name.split()[0] == DRAFTING.name)
     kernels = {"store_kernel", "query_kernel", "attend_kernel", "merge_kernel", "prepare", "carry", "multiply"}
-    assert {*kernels, "span_kernel", "_norm", "_rotate"} <= {*found["launched"]}
+    assert {*kernels, "span_kernel", "key_kernel", "_norm", "_rotate"} <= {*found["launched"]}
 
 
 def test_a_tensor_that_was_left_on_the_host_is_noticed(directories: list[Path]) -> None:

@@ -70,6 +70,7 @@ def test_logits_leave_the_device_only_where_somebody_reads_them(monkeypatch: pyt
             {"temperature": 0.8, "top_k": 1, "seed": 4},
             {"logprobs": 2},
             {"repetition_penalty": 1.1},
+            {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "seed": 5},
         )
     ]
     options = {"kv_cache_dtype": "f32", "max_model_len": 512, "dtype": "float32", "max_num_seqs": len(asked)}
@@ -88,9 +89,10 @@ def test_logits_leave_the_device_only_where_somebody_reads_them(monkeypatch: pyt
     monkeypatch.setattr(Runner, "run", seen)
     assert [answer.tokens for answer in ours.generate(prompts, asked)] == expected
     assert all(part.device.type == "cpu" for parts in steps for part in parts)
-    assert {(*map(len, parts),) for parts in steps} == {(0, 1, 0, 1, 1)}
-    # One call for the second request in every step, and one for the last.
-    assert ours._blueprint.kernels.calls["sample"] == 2 * LONGEST
+    assert {(*map(len, parts),) for parts in steps} == {(0, 1, 0, 1, 1, 1)}
+    assert all(parts[-1].shape == (1, 21) for parts in steps)
+    # In every step one call for the second request, one for the last and one for that whose repetitions are punished.
+    assert ours._blueprint.kernels.calls["sample"] == 3 * LONGEST
 
 
 def test_weights_and_memory_lie_on_the_device() -> None:

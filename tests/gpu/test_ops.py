@@ -90,6 +90,10 @@ def test_the_largest_of_each_row(dim: int, dtype: torch.dtype) -> None:
         found = TRITON.largest(moved[rows])
         assert found.device.type == DEVICE
         assert found.tolist() == REFERENCE.largest(x[rows]).tolist()
+    for count in {1, min(dim, 21)}:
+        for got, wanted in zip(TRITON.best(moved[:3], count), REFERENCE.best(x[:3], count), strict=True):
+            assert got.device.type == DEVICE
+            assert torch.equal(got.cpu(), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

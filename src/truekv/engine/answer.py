@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from truekv.engine.events import Ended, Sampled, Stored
-from truekv.engine.sample import logprobs
+from truekv.engine.sample import ALL, logprobs
 from truekv.engine.tokens import StopStrings, TextStream
 
 if TYPE_CHECKING:
@@ -38,17 +38,23 @@ class Answer:
             return share.count + len(share.drafts)
         return 1 + len(share.drafts) if share.samples else 0
 
-    def reads(self, share: Share) -> bool:
-        """Whether anybody looks at those logits, or the places of the largest of them will do."""
-        chosen = self.sampler.greedy and not self.request.params.logprobs
-        return self._reports(share) or (share.samples and not chosen)
+    def reads(self, share: Share) -> int:
+        """How many of the best of those logits anybody looks at, 0 where the place of the largest will do."""
+        if self._reports(share):
+            return ALL
+        if not share.samples or (self.sampler.greedy and not self.request.params.logprobs):
+            return 0
+        return ALL if self.request.params.logprobs else self.sampler.reads
 
     def likeliest(self, share: Share, places: list[int]) -> list[int]:
         """Return the tokens of a share, given where the largest of its logits are, if those are its tokens."""
         return places[-1 - len(share.drafts) :] if share.samples and self.sampler.greedy else []
 
     def draws(self, share: Share, logits_NV: torch.Tensor) -> list[Draw]:
-        """Return the draws of a share's tokens where none depends on those before it, else nothing."""
+        """Return the draws of a share's tokens where none depends on those before it, else nothing.
+
+        Where only the best logits are there, in order, what is drawn are places among them.
+        """
         if not share.samples or not self.sampler.independent or self.sampler.greedy:
             return []
         return [self.sampler.ask(logits_V, place) for place, logits_V in enumerate(_sampled(share, logits_NV))]

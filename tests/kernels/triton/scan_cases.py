@@ -87,5 +87,6 @@ CASES: Final = [
         )
         for what, kind, alone in (("part", "*fp32", False), ("short row", "*bf16", True))
     ),
+    _case("keys of a row", largest.key_kernel, {"BLOCK": largest.BLOCK}, {"xs": "*fp32", "keys": "*i64"}),
     _case("largest of 38 parts", largest.row_kernel, {"BLOCK_P": 64}, num_warps=1),
 ]

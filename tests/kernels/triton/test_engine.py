@@ -69,9 +69,9 @@ def test_answers_with_drafts_are_those_without(saved: Callable[[str], str], fami
 def test_greedy_tokens_are_chosen_where_the_logits_are(
     saved: Callable[[str], str], drafts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside a sampled request: its logits alone are there to read, and drafts are verified like any token."""
+    """Beside sampled ones, of which logits can be read, or the best of them; drafts are verified like any token."""
     speculation = Speculation(num_speculative_tokens=drafts, adaptive=False) if drafts else None
-    options = {"kv_cache_dtype": "f32", "speculative_config": speculation, "max_num_seqs": 3}
+    options = {"kv_cache_dtype": "f32", "speculative_config": speculation, "max_num_seqs": 4}
     ours, theirs = (
         LLM(saved("dense"), kernel_backend=name, max_model_len=64, sentinel=False, **options)  # type: ignore[arg-type]
         for name in ("triton", "native")
@@ -92,8 +92,9 @@ def test_greedy_tokens_are_chosen_where_the_logits_are(
         SamplingParams(max_tokens=10, ignore_eos=True),
         SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, seed=5),
         SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, top_k=1),
+        SamplingParams(max_tokens=10, ignore_eos=True, temperature=1.1, top_k=30, top_p=0.95, min_p=0.01, seed=7),
     ]
-    prompts = [PROMPT, PROMPT[1:], PROMPT[2:]]
+    prompts = [PROMPT, PROMPT[1:], PROMPT[2:], PROMPT[3:]]
     expected = theirs.generate(prompts, params)
     # Of the CPU's sampler too, which is given every row of the reference's logits.
     for place in (0, 2):
@@ -103,14 +104,16 @@ def test_greedy_tokens_are_chosen_where_the_logits_are(
     monkeypatch.setattr(Runner, "run", seen)
     monkeypatch.setattr(ops.OPS, "largest", found)
     assert [answer.tokens for answer in ours.generate(prompts, params)] == [answer.tokens for answer in expected]
-    whole = [ran for ran in steps if len(ran.rows) == 3]
+    whole = [ran for ran in steps if len(ran.rows) == 4]
     assert whole
     for ran in whole:
-        assert [len(part) for part in ran.rows] == [0, len(ran.likeliest[1]), 0]  # type: ignore[arg-type]
+        drawn, best = (len(ran.likeliest[index]) for index in (1, 3))
+        shapes_of = [tuple(part.shape) for part in ran.rows if isinstance(part, torch.Tensor)]
+        assert shapes_of == [(0, 320), (drawn, 320), (0, 320), (best, 31)]
         assert all(len(places) >= 1 for places in ran.likeliest)
     assert [shape for shape in shapes if shape[1] == 320] == [(sum(map(len, ran.likeliest)), 320) for ran in steps]
-    # Once for each step in which the sampled request had a row.
-    read = [ran for ran in steps if any(len(part) for part in ran.rows if isinstance(part, torch.Tensor))]
-    assert ours._blueprint.kernels.calls["sample"] == len(read)
+    # One call for the rows that are whole, and one for those of which there are the best alone.
+    read = [len({part.shape[1] for part in ran.rows if len(part)}) for ran in steps]  # type: ignore[arg-type, union-attr]
+    assert ours._blueprint.kernels.calls["sample"] == sum(read)
     # Some of the drafts were right, some wrong.
     assert drafts == 0 or 0 < sum(ours.stats["accepted"]) < sum(ours.stats["drafted"])

@@ -1,6 +1,8 @@
-"""Which number of a row is the largest, in the interpreter: the token of a greedy row, as every other kernel has it."""
+"""Which numbers of a row are the largest, in the interpreter, and that the same is drawn from them as from the row."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from truekv.kernels.table import fastest_sampling
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.largest import BLOCK, SPAN
 from truekv.kernels.triton.ops import OPS as TRITON
+
+if TYPE_CHECKING:
+    from truekv.core.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels run on a GPU only: make gpu tests them there")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -100,3 +105,48 @@ def test_any_number_of_rows(dim: int) -> None:
         assert places(whole[:rows]) == found[:rows]
     assert places(whole[::3]) == found[::3]
     assert places(whole.t().contiguous().t()) == found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [3, 127, SPAN + 9])
+def test_the_best_are_those_of_a_stable_sort(dim: int, dtype: torch.dtype) -> None:
+    x = random(4, dim, dtype)
+    # Ties in and at the edge of what is wanted, and zeros of both signs.
+    x[1] = x[1].round()
+    x[2, ::2], x[2, 1::2] = 0.0, -0.0
+    x[3] = -torch.finfo(dtype).max
+    for count in {1, 2, min(dim, 21), dim}:
+        values, places = TRITON.best(x, count)
+        expected, wanted = REFERENCE.best(x, count)
+        assert torch.equal(places, wanted)
+        assert torch.equal(values, expected)
+        assert values.dtype == dtype
+    assert TRITON.best(x[:0], 2)[1].shape == (0, 2)
+    spoilt = x.clone()
+    spoilt[1, dim // 2] = torch.nan
+    assert torch.equal(TRITON.best(spoilt, 2)[1][2:], REFERENCE.best(x, 2)[1][2:])
+
+
+@pytest.mark.parametrize("kernels", [sampling.SAMPLING, fastest_sampling()], ids=["reference", "fastest"])
+@pytest.mark.parametrize(
+    "asked", [(0.7, 1.0, 0.0), (0.7, 0.9, 0.0), (1.5, 1.0, 0.1), (1.0, 0.8, 0.05), (1e-30, 1.0, 0.0)]
+)
+def test_of_the_best_the_same_is_drawn_as_of_the_whole_row(
+    kernels: Sampling, asked: tuple[float, float, float]
+) -> None:
+    """What top_k leaves and one more: the weights are the same bits, so every number draws the same token."""
+    temperature, top_p, min_p = asked
+    x = random(6, 3001) * 0.3
+    x[1] = x[1].round()
+    x[2] = 0.0
+    for top_k in (2, 20, 300):
+        values, places = TRITON.best(x, top_k + 1)
+        for row, best, place in zip(x, values, places, strict=True):
+            whole, few = (Draw(item.contiguous(), temperature, top_k, top_p, min_p, 0.0) for item in (row, best))
+            weights, tokens = kernels.candidates(whole)
+            found, among = kernels.candidates(few)
+            assert torch.equal(found, weights)
+            assert torch.equal(place[among], tokens)
+            points = torch.rand(20, dtype=torch.float64, generator=torch.Generator().manual_seed(top_k)).tolist()
+            drawn = kernels.draw([few._replace(point=point) for point in points])
+            assert place[drawn].tolist() == kernels.draw([whole._replace(point=point) for point in points])

@@ -1,8 +1,8 @@
-"""The place of the largest number of each row: the token of a greedy row, whose logits then need not leave the device.
+"""The largest numbers of each row and their places: the token of a greedy row, and all that top_k leaves of another.
 
-A row is cut into spans of a fixed size, one program each, because a vocabulary's only row should keep more than one
-processor busy. What a span has is one integer that is larger the better it is, so the order in which spans are compared
-changes nothing.
+The rest of the logits need not leave the device. A row is cut into spans of a fixed size, one program each, because a
+vocabulary's only row should keep more than one processor busy. What a span has is one integer that is larger the better
+it is, so the order in which spans are compared changes nothing.
 """
 
 # Shape suffixes: N rows, P spans of a row, B numbers of a block.
@@ -22,6 +22,8 @@ BLOCK: Final = 1024
 BLOCKS = tl.constexpr(4)
 """Of one program: all of their loads are under way together."""
 SPAN: Final = BLOCK * 4
+LAST: Final = 0x7FFFFFFF
+"""Bits of a key that say the place, counted from the last one there could be."""
 LEAST = tl.constexpr(-3.4028234663852886e38)
 """The least finite number, for places where there is none."""
 NONE = tl.constexpr(-(1 << 63))
@@ -44,6 +46,21 @@ def largest(x: torch.Tensor) -> torch.Tensor:
         if spans > 1:
             row_kernel[(rows,)](keys_NP, places_N, spans, BLOCK_P=triton.next_power_of_2(spans), num_warps=1)
     return places_N
+
+
+def best(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the `count` largest numbers of each row of [N, D] and their places; see core/ops.py.
+
+    No two numbers of a row have the same key, so it does not matter how torch treats equal ones.
+    """
+    x = dense(x)
+    rows, dim = x.shape
+    keys_ND = torch.empty(rows, dim, dtype=torch.int64, device=x.device)
+    if rows:
+        key_kernel[(rows, triton.cdiv(dim, BLOCK))](x, keys_ND, dim, x.stride(0), BLOCK=BLOCK)
+    keys_NK = keys_ND.topk(count, -1).values
+    places_NK = LAST - (keys_NK & LAST)
+    return x.gather(1, places_NK), places_NK
 
 
 @triton.jit
@@ -77,6 +94,15 @@ def row_kernel(keys, places, spans, BLOCK_P: tl.constexpr):
     span_P = tl.arange(0, BLOCK_P)
     key_P = tl.load(keys + row * spans + span_P, mask=span_P < spans, other=NONE)
     tl.store(places + row, _place(tl.max(key_P, 0)))
+
+
+@triton.jit
+def key_kernel(xs, keys, dim, stride, BLOCK: tl.constexpr):
+    """Write a block of the keys of one row; grid: (rows, blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x_B = tl.load(xs + row * stride + at_B, mask=at_B < dim, other=0.0).to(tl.float32)
+    tl.store(keys + row * dim + at_B, _key(x_B, at_B, tl.abs(x_B) < float("inf")), mask=at_B < dim)
 
 
 @triton.jit

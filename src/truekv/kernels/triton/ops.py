@@ -5,13 +5,13 @@ Unlike the native kernels', the last bits of a product's row may depend on how m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from truekv.core.lazy import torch
 from truekv.kernels.reference.ops import ReferenceMatrix, ReferenceOps
 from truekv.kernels.triton import rows
 from truekv.kernels.triton.experts import TritonExperts
-from truekv.kernels.triton.largest import largest
+from truekv.kernels.triton.largest import best, largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class TritonOps:
     """Every operation of core/ops.py."""
+
+    apart: ClassVar[bool] = True
 
     def __init__(self) -> None:
         """Take what is fast enough in torch from the reference."""
@@ -54,6 +56,7 @@ class TritonOps:
     delta_gates = staticmethod(rows.delta_gates)
     rotate = staticmethod(rows.rotate)
     largest = staticmethod(largest)
+    best = staticmethod(best)
 
 
 OPS: Final[Ops] = TritonOps()
