@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _KINDS: Final = {
     **dict.fromkeys("states mixed gates out rates skips first first_logs second second_logs gain".split(), "*fp32"),
-    **dict.fromkeys("gathers counts certains replays slots pairs tile_experts firsts ends keys places".split(), "*i64"),
+    **dict.fromkeys("gathers counts certains replays slots pairs tile_experts firsts ends".split(), "*i64"),
     **dict.fromkeys("inputs taps bias tails logs xs changes totals outs weights".split(), "*bf16"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
@@ -88,5 +88,5 @@ CASES: Final = [
         for what, kind, alone in (("part", "*fp32", False), ("short row", "*bf16", True))
     ),
     _case("keys of a row", largest.key_kernel, {"BLOCK": largest.BLOCK}, {"xs": "*fp32", "keys": "*i64"}),
-    _case("largest of 38 parts", largest.row_kernel, {"BLOCK_P": 64}, num_warps=1),
+    _case("largest of 38 parts", largest.row_kernel, {"BLOCK_P": 64}, {"keys": "*i64", "places": "*i64"}, num_warps=1),
 ]
