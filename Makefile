@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEER := build/bench/peer/bin
 LLAMA := 0.3.36
-# Compilers at once, for llama.cpp.
+# Processes at once, where compiling takes the time.
 JOBS ?= $(shell nproc)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -21,11 +21,16 @@ test: $(VENV)/.test
 
 # For a machine with a GPU: the kernels on the device, and how fast they are (bench/RESULTS-gpu.md). Most of the tests'
 # time goes into compiling, hence the processes; what they compiled stays in build/triton. QUICK=--quick: minutes less.
+# The speeds are measured whatever the tests say, and a warning of the device's libraries fails none of them.
+# READY=python3: without a network, a Python that has torch for CUDA, pytest, pytest-xdist, hypothesis, safetensors,
+# tokenizers, jinja2, typer and rich.
+GPU_PYTHON = $(or $(READY),$(BIN)/python)
 gpu: export TRITON_INTERPRET := 0
 gpu: export TRITON_CACHE_DIR := $(CURDIR)/build/triton
-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -m gpu -n 8 --durations=10 tests/gpu
-	$(BIN)/python -m bench.gpu $(QUICK)
+gpu: export PYTHONPATH := $(CURDIR)/src
+gpu: $(if $(READY),,$(VENV)/.test)
+	$(GPU_PYTHON) -m pytest -m gpu -n $(JOBS) -W default -p no:benchmark --durations=10 tests/gpu; tests=$$?; \
+	$(GPU_PYTHON) -m bench.gpu $(QUICK) && exit $$tests
 
 # Every Triton kernel compiled for two GPUs and compared with a table, or with WRITE=--write taken into it: minutes.
 triton-gate: $(VENV)/.test
@@ -38,7 +43,7 @@ campaign: $(VENV)/.test
 
 # Bugs that other engines have shipped, put into the code one by one, and the test that notices each.
 mutants: $(VENV)/.test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=tests $(BIN)/python -m mutants
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python -m mutants
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .

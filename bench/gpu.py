@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +49,7 @@ RESULTS: Final = Path(__file__).parent / "RESULTS-gpu.md"
 KINDS: Final = ("bf16", "fp8_e4m3", "int8", "kv4")
 BUDGET: Final = 64 << 30
 """Bytes of cache into which as many sequences are put as fit."""
-COMPILERS: Final = 8
+COMPILERS: Final = 12
 
 Result = dict[str, Any]
 
@@ -431,8 +432,13 @@ def run(
         kept.add(one)
     if size.device == "cuda":
         began = time.perf_counter()
-        with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-            faults = [fault for fault in pool.map(compiled, launches(size, quick=quick)) if fault]
+        faults: list[str] = []
+        try:
+            with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+                faults += [fault for fault in pool.map(compiled, launches(size, quick=quick)) if fault]
+        except BrokenProcessPool as error:
+            # What ended a process there is told where it is measured; the rest is compiled there too.
+            faults.append(str(error))
         print(f"compiled in {time.perf_counter() - began:.0f} s", *faults, sep="\n", flush=True)
     rate = ceiling(size)
     kept.add({"part": "copy", "rate": rate})

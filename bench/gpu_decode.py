@@ -1,8 +1,9 @@
 """Decode speed of whole models on a GPU: random weights drawn there, caches of any depth, steps eager or as graphs.
 
-What is timed is a step as the engine runs it: its tensors laid out on the host, the pass, the logits, the likeliest
-token of every row back on the host. With guesses, a step verifies three drafts of every row and the prediction head
-makes the next three; none is accepted, as weights are random, so tokens/s are what every accepted draft adds to.
+What is timed is a step as the engine runs it for greedy requests: its tensors laid out on the host, the pass, the
+logits, and back on the host whether all is finite and the likeliest token of every row. With guesses, a step verifies
+three drafts of every row and the prediction head makes the next three; none is accepted, as weights are random, so
+tokens/s are what every accepted draft adds to.
 """
 
 from __future__ import annotations
@@ -201,8 +202,10 @@ def decode(drawn: Drawn, ask: Ask, steps: int, warm: int = 3) -> dict[str, Any]:
         laid.append(time.perf_counter() - begin)
         with torch.inference_mode():
             hidden_TC = (graphs or eager)(step)
-            best = cast("list[int]", drawn.model.logits(hidden_TC).argmax(-1).tolist())
-        assert len(best) == ask.batch * (1 + drafts)
+            found = [kernels.ops.largest(part) for part in (hidden_TC, drawn.model.logits(hidden_TC))]
+            best = cast("list[int]", torch.cat(found).tolist())
+        assert len(best) == 2 * ask.batch * (1 + drafts)
+        assert min(best) >= 0, "all numbers were to be finite"
         if predictor:
             rows = [Row(item, item.position, [1], [index * (1 + drafts)], drafts) for index, item in enumerate(held)]
             predictor.propose(rows, hidden_TC)

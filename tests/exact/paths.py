@@ -126,17 +126,19 @@ class Watch:
         self._run, self._advance, self._close = runner.run, arena.advance, arena.close
         runner.run, arena.advance, arena.close = self.run, self.advance, self.close
 
-    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], **given: bool) -> Ran:
-        ran = self._run(chunks, wanted, **given)
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], read: Sequence[bool]) -> Ran:
+        ran = self._run(chunks, wanted, read)
         with torch.inference_mode():
             logits_TV = self.engine.runner.model.logits(ran.hidden).float()
         owners = {id(request.held): request for request in self.engine.schedule.running}
         start = 0
-        for chunk, count, got in zip(chunks, wanted, ran.rows, strict=True):
+        for chunk, count, asked, got, places in zip(chunks, wanted, read, ran.rows, ran.likeliest, strict=True):
             rows = logits_TV[start : start + len(chunk.tokens)]
             start += len(chunk.tokens)
             assert isinstance(got, torch.Tensor), got
-            assert not count or same(got, rows[-count:]), "the engine's logits are not those of its residuals"
+            last = rows[len(rows) - count :]
+            assert same(got, last if asked else last[:0]), "the engine's logits are not those of its residuals"
+            assert places == last.argmax(-1).tolist(), "the likeliest tokens are not those of the engine's residuals"
             self._pending[id(chunk.sequence)] = owners[id(chunk.sequence)], chunk, rows
         self.counts["steps"] += 1
         self.counts["companions"] += len(chunks) > 1

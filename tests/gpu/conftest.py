@@ -28,6 +28,7 @@ _TRIED = (
     "test_operations_on_rows[96-dtype1]",
     "test_rotary_positions[80-35-True-dtype1]",
     "test_experts[8-1-dtype0]",
+    "test_the_largest_of_each_row[1025-dtype1]",
     "test_linear_maps[dtype1]",
     "test_decode_verify_and_a_chunk[gqa-64-kv4-8]",
     "test_bytes_are_those_of_the_reference[gqa-64-kv3]",
@@ -39,6 +40,7 @@ _TRIED = (
     "test_every_size_with_every_number_of_accepted_drafts[dense]",
     "test_answers[tiny-hybrid-int8]",
     "test_drafts_change_nothing[on]",
+    "test_logits_leave_the_device_only_where_somebody_reads_them",
     "test_weights_and_memory_lie_on_the_device",
 )
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 from gpu.place import CAPTURED, DEVICE, ON_DEVICE, OPTIONS
 
 from truekv import LLM, SamplingParams
 from truekv.core.options import Speculation
+from truekv.engine.run import Runner
+from truekv.kernels.cuda import kernel
 from truekv.serve.assemble import EMBEDDED
+
+if TYPE_CHECKING:
+    from truekv.engine.run import Ran
 
 LONGEST = 48 if ON_DEVICE else 4
 QUESTIONS = ("What is 7 * 8 + 3 * 4?", "What is 12 + 30?", "Is 7 * 8 = 56?")
@@ -22,7 +29,10 @@ def test_answers(model: str, kv: str) -> None:
     options = {"kv_cache_dtype": kv, "max_model_len": 512, "dtype": "float32"}
     ours = LLM(model, **options, **OPTIONS)  # type: ignore[arg-type]
     theirs = LLM(model, **options, device="cpu")  # type: ignore[arg-type]
-    assert {backend for op, backend in ours.kv_plan["kernels"].items() if not op.startswith("sample ")} == {"triton"}
+    # Where the device is made for it, 4-bit values are attended to in CUDA C++.
+    both = ON_DEVICE and kv == "int8/kv4" and kernel.runs_on(torch.device(DEVICE))
+    backends = {backend for op, backend in ours.kv_plan["kernels"].items() if not op.startswith("sample ")}
+    assert backends == ({"triton", "cuda"} if both else {"triton"})
     for question in QUESTIONS if ON_DEVICE else QUESTIONS[:1]:
         messages = [{"role": "user", "content": question}]
         params = SamplingParams(max_tokens=LONGEST)
@@ -49,6 +59,40 @@ def test_drafts_change_nothing(capture: str) -> None:
         for guesses in (None, speculation)
     }
     assert len(texts) == 1
+
+
+def test_logits_leave_the_device_only_where_somebody_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [
+        SamplingParams(max_tokens=LONGEST, ignore_eos=True, **asked)  # type: ignore[arg-type]
+        for asked in (
+            {},
+            {"temperature": 0.8, "top_p": 0.95, "seed": 3},
+            {"temperature": 0.8, "top_k": 1, "seed": 4},
+            {"logprobs": 2},
+            {"repetition_penalty": 1.1},
+            {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "seed": 5},
+        )
+    ]
+    options = {"kv_cache_dtype": "f32", "max_model_len": 512, "dtype": "float32", "max_num_seqs": len(asked)}
+    ours = LLM("tiny-dense", **options, **OPTIONS)  # type: ignore[arg-type]
+    theirs = LLM("tiny-dense", **options, device="cpu")  # type: ignore[arg-type]
+    steps: list[list[torch.Tensor]] = []
+    run = Runner.run
+
+    def seen(*given: Any) -> Ran:
+        ran = run(*given)
+        steps.append([part for part in ran.rows if isinstance(part, torch.Tensor)])
+        return ran
+
+    prompts = [[10 * index + 1, 7, 3, 5] for index in range(len(asked))]
+    expected = [theirs.generate(prompt, params)[0].tokens for prompt, params in zip(prompts, asked, strict=True)]
+    monkeypatch.setattr(Runner, "run", seen)
+    assert [answer.tokens for answer in ours.generate(prompts, asked)] == expected
+    assert all(part.device.type == "cpu" for parts in steps for part in parts)
+    assert {(*map(len, parts),) for parts in steps} == {(0, 1, 0, 1, 1, 1)}
+    assert all(parts[-1].shape == (1, 21) for parts in steps)
+    # In every step one call for the second request, one for the last and one for that whose repetitions are punished.
+    assert ours._blueprint.kernels.calls["sample"] == 3 * LONGEST
 
 
 def test_weights_and_memory_lie_on_the_device() -> None:

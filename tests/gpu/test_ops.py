@@ -76,6 +76,27 @@ def test_experts(count: int, tokens: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 1025, 4096, 151936])
+def test_the_largest_of_each_row(dim: int, dtype: torch.dtype) -> None:
+    wide = random(5, dim + 3, dtype=dtype) - 10
+    x = wide[:, :dim]
+    x[1, [dim // 3, dim - 1]] = torch.tensor([-0.0, 0.0], dtype=dtype)
+    x[2, [dim // 2, dim - 1]] = 1.0
+    x[3, dim // 4], x[4, dim - 1] = torch.nan, -torch.inf
+    expected = REFERENCE.largest(x).tolist()
+    assert expected[1:] == [dim // 3, dim // 2, -1, -1]
+    moved = wide.to(DEVICE)[:, :dim]
+    for rows in (slice(None), slice(1, None, 2), slice(1)):
+        found = TRITON.largest(moved[rows])
+        assert found.device.type == DEVICE
+        assert found.tolist() == REFERENCE.largest(x[rows]).tolist()
+    for count in {1, min(dim, 21)}:
+        for got, wanted in zip(TRITON.best(moved[:3], count), REFERENCE.best(x[:3], count), strict=True):
+            assert got.device.type == DEVICE
+            assert torch.equal(got.cpu(), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_maps(dtype: torch.dtype) -> None:
     parts = [Part(random(out, 256, seed=out, dtype=dtype)) for out in (64, 48)]
     x = random(5, 256, dtype=dtype)

@@ -69,11 +69,11 @@ def another_seed_after_preemption() -> list[Patch]:
         lost.add(id(request))
         again(self, request)
 
-    def draw_anew(self: Answer, logits_V: torch.Tensor, drawn: int | None = None) -> Any:
+    def draw_anew(self: Answer, logits_1V: torch.Tensor, drawn: int | None = None) -> Any:
         if id(self.request) in lost and self.sampler.seed is not None:
             lost.discard(id(self.request))
             self.sampler.seed += 1
-        return choose(self, logits_V)
+        return choose(self, logits_1V, drawn if self.sampler.greedy else None)
 
     return [Patch(Schedule, "again", remember), Patch(Answer, "_choose", draw_anew)]
 
@@ -96,10 +96,14 @@ def memory_of_ended_kept() -> list[Patch]:
 
 
 def likeliest_draft_accepted() -> list[Patch]:
+    taken = Answer.take
+
     def take(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()) -> Any:
+        if self.sampler.greedy:
+            return taken(self, logits_NV, drafts, drawn)
         events: list[Any] = []
         for place, logits_V in enumerate(logits_NV):
-            events += self._choose(logits_V)
+            events += self._choose(logits_V[None])
             if place == len(drafts) or not hasattr(events[-1], "token"):
                 return events, place
             if int(logits_V.argmax()) == drafts[place]:
@@ -128,6 +132,8 @@ def bonus_of_the_row_before() -> list[Patch]:
     take = Answer.take
 
     def shifted(self: Answer, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()) -> Any:
+        if self.sampler.greedy:
+            return take(self, logits_NV, drafts, drawn)
         rows = logits_NV.clone()
         if drafts:
             rows[-1] = rows[-2]

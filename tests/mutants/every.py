@@ -2,6 +2,8 @@
 
 from typing import Final
 
-from mutants import engine, layers, memory
+from mutants import device, engine, layers, memory
 
-MUTANTS: Final = tuple(sorted((*memory.MUTANTS, *layers.MUTANTS, *engine.MUTANTS), key=lambda mutant: mutant.test_name))
+MUTANTS: Final = tuple(
+    sorted((*memory.MUTANTS, *layers.MUTANTS, *engine.MUTANTS, *device.MUTANTS), key=lambda mutant: mutant.test_name)
+)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import traceback
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from truekv import Corrupted, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from exact.stage import Stage
 
@@ -35,6 +36,21 @@ class Mutant:
     breaks: str
     test: Callable[..., None]
     patches: Callable[[], list[Patch]]
+    given: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the test is called with, where it has parameters."""
+    fixtures: Callable[[], AbstractContextManager[Mapping[str, Any]]] = lambda: nullcontext({})
+    """What it runs in, which may give it more."""
+    missing: str = ""
+    """What it would take to run it here."""
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        """The test and its parameters."""
+        return self.test, repr(self.given)
+
+    def without(self) -> Mutant:
+        """The same test with no bug."""
+        return replace(self, name="", breaks="", patches=list)
 
     @property
     def test_name(self) -> str:
@@ -62,10 +78,11 @@ class Mutant:
         stage.apart = apart
         put(patches)
         try:
-            if self.test.__code__.co_argcount:
-                self.test(stage)
-            else:
-                self.test()
+            with self.fixtures() as more:
+                given = {**self.given, **more}
+                if self.test.__code__.co_argcount > len(given):
+                    given["stage"] = stage
+                self.test(**given)
         except Exception as error:  # noqa: BLE001 (the caller judges it)
             return error
         finally:
@@ -85,5 +102,6 @@ def noticed(error: BaseException | None) -> bool:
     Anything else, such as a TypeError of the mutated code, would show that the mutant is no bug but nonsense.
     """
     if isinstance(error, AssertionError):
-        return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(TESTS / "exact")
+        where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        return any(where.is_relative_to(TESTS / folder) for folder in ("exact", "kernels"))
     return isinstance(error, Corrupted | Refused)

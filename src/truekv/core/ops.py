@@ -8,7 +8,7 @@ said. A row of a result depends on nothing but the same row of the input, down t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,6 +87,9 @@ class Experts(Protocol):
 class Ops(Protocol):
     """What a backend offers: `ops.py` of its folder, under the name OPS."""
 
+    apart: ClassVar[bool]
+    """Whether numbers lie where copying them to the host costs more than choosing which."""
+
     def matrix(self, parts: Seq[Part]) -> Matrix:
         """Make one map of several of the same input, their outputs side by side."""
         ...
@@ -164,4 +167,11 @@ class Ops(Protocol):
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
         """Where the largest number of each row of [N, D] is, of equal ones the first; -1 where one is not finite."""
+        ...
+
+    def best(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the `count` largest numbers of each row of [N, D], and their places, int64: [N, count] each.
+
+        The largest first, of equal ones the first. Of a row with a number that is not finite any numbers and places.
+        """
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from truekv.engine.events import Ended, Sampled, Stored
-from truekv.engine.sample import logprobs
+from truekv.engine.sample import ALL, logprobs
 from truekv.engine.tokens import StopStrings, TextStream
 
 if TYPE_CHECKING:
@@ -38,17 +38,32 @@ class Answer:
             return share.count + len(share.drafts)
         return 1 + len(share.drafts) if share.samples else 0
 
+    def reads(self, share: Share) -> int:
+        """How many of the best of those logits anybody looks at, 0 where the place of the largest will do."""
+        if self._reports(share):
+            return ALL
+        if not share.samples or (self.sampler.greedy and not self.request.params.logprobs):
+            return 0
+        return ALL if self.request.params.logprobs else self.sampler.reads
+
+    def likeliest(self, share: Share, places: list[int]) -> list[int]:
+        """Return the tokens of a share, given where the largest of its logits are, if those are its tokens."""
+        return places[-1 - len(share.drafts) :] if share.samples and self.sampler.greedy else []
+
     def draws(self, share: Share, logits_NV: torch.Tensor) -> list[Draw]:
-        """Return the draws of a share's tokens where none depends on those before it, else nothing."""
-        if not share.samples or not self.sampler.independent:
+        """Return the draws of a share's tokens where none depends on those before it, else nothing.
+
+        Where only the best logits are there, in order, what is drawn are places among them.
+        """
+        if not share.samples or not self.sampler.independent or self.sampler.greedy:
             return []
         return [self.sampler.ask(logits_V, place) for place, logits_V in enumerate(_sampled(share, logits_NV))]
 
     def after(self, share: Share, logits_NV: torch.Tensor, drawn: Sequence[int] = ()) -> tuple[list[Event], int]:
         """Turn the `wanted` logits of a share that has run, not advanced yet, into events.
 
-        `drawn`: what came of `draws`. Also returns how many of the share's drafts are real. Raises
-        ConstraintFailed where a grammar cannot go on.
+        `drawn`: what came of `draws`, or is `likeliest`. There need be no logits where the share `reads` none. Also
+        returns how many of the share's drafts are real. Raises ConstraintFailed where a grammar cannot go on.
         """
         request = self.request
         events: list[Event] = []
@@ -89,21 +104,21 @@ class Answer:
         many drafts are real.
         """
         events: list[Sampled | Ended] = []
-        for place, logits_V in enumerate(logits_NV):
-            events += self._choose(logits_V, drawn[place] if drawn else None)
+        for place in range(1 + len(drafts)):
+            events += self._choose(logits_NV[place : place + 1], drawn[place] if drawn else None)
             sampled = events[-1]
             if isinstance(sampled, Ended) or place == len(drafts) or sampled.token != drafts[place]:
                 return events, place
         raise AssertionError("the last row has no draft after it")
 
-    def _choose(self, logits_V: torch.Tensor, drawn: int | None = None) -> list[Sampled | Ended]:
+    def _choose(self, logits_1V: torch.Tensor, drawn: int | None = None) -> list[Sampled | Ended]:
         """Choose the next token and say what follows from it; the last event tells whether the answer goes on."""
         request, params = self.request, self.request.params
-        token = self.sampler.choose(logits_V) if drawn is None else self.sampler.take(drawn)
+        token = self.sampler.choose(logits_1V[0]) if drawn is None else self.sampler.take(drawn)
         request.tokens.append(token)
         report: Logprob | None = None
         if params.logprobs:
-            (report,) = logprobs(self.sampler.sampling, logits_V[None], [token], params.logprobs)
+            (report,) = logprobs(self.sampler.sampling, logits_1V, [token], params.logprobs)
         ends = token in self.sampler.ends
         text, stopped = self._stops.push(self._text.push(token)) if self._text and not ends else ("", False)
         sampled = Sampled(request.identity, token, text, report)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from truekv.core.batch import Sequence as Held
+    from truekv.core.lazy import torch
     from truekv.core.options import SamplingParams
     from truekv.core.protocols import Observer
+    from truekv.core.sampling import Draw
     from truekv.engine.run import Ran, Runner
     from truekv.engine.schedule import Schedule, Share
     from truekv.engine.speculate.drafting import Drafting
@@ -151,13 +153,15 @@ class Engine:
         if not shares:
             return []
         chunks = [_chunk(share) for share in shares]
-        wanted = [self._answers[share.request.identity].wanted(share) for share in shares]
+        answers = [self._answers[share.request.identity] for share in shares]
+        wanted = [answer.wanted(share) for answer, share in zip(answers, shares, strict=True)]
+        read = [answer.reads(share) for answer, share in zip(answers, shares, strict=True)]
         self.steps += 1
         if self.observer:
             requests = [share.request.identity for share in shares]
             self.observer.before_step(requests, sum(len(chunk.tokens) for chunk in chunks))
         try:
-            ran = self.runner.run(chunks, wanted)
+            ran = self.runner.run(chunks, wanted, read)
         except Corrupted as error:
             return self._suspect(shares, error)
         return self._finish(shares, ran)
@@ -199,14 +203,15 @@ class Engine:
             [] if isinstance(rows, Corrupted) else self._answers[share.request.identity].draws(share, rows)
             for share, rows in zip(shares, ran.rows, strict=True)
         ]
-        together = [draw for some in draws for draw in some if not draw.greedy]
-        tokens = iter(self.runner.arena.kernels.draw(together) if together else ())
+        by_length: dict[int, list[Draw]] = {}
+        for draw in itertools.chain.from_iterable(draws):
+            by_length.setdefault(len(draw.logits), []).append(draw)
+        drawn = {length: iter(self.runner.arena.kernels.draw(group)) for length, group in by_length.items()}
+        tokens = [[next(drawn[len(draw.logits)]) for draw in some] for some in draws]
         # The largest logits are known from the look at whether all of them are finite.
         return [
-            [place if draw.greedy else next(tokens) for draw, place in zip(some, places[-len(some) :], strict=True)]
-            if some
-            else []
-            for some, places in zip(draws, ran.likeliest, strict=True)
+            self._answers[share.request.identity].likeliest(share, best) or _named(some, places)
+            for share, some, places, best in zip(shares, tokens, ran.places, ran.likeliest, strict=True)
         ]
 
     def _advance(self, item: Verified) -> None:
@@ -289,6 +294,13 @@ def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
     for place, token in enumerate(prompt):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise Refused(f"token {place} of the prompt is {token!r}, but ids are integers from 0 to {vocab_size - 1}")
+
+
+def _named(drawn: list[int], places_NK: torch.Tensor | None) -> list[int]:
+    """Return the tokens of a share's draws, which are places among its best logits where those alone are there."""
+    if places_NK is None or not drawn:
+        return drawn
+    return [int(places_K[place]) for place, places_K in zip(drawn, places_NK, strict=True)]
 
 
 def _chunk(share: Share) -> Chunk:

@@ -128,7 +128,7 @@ class CudaRecording:
         self._function = function
         self._graph = torch.cuda.CUDAGraph()
         aside = aside or torch.cuda.Stream()
-        with torch.cuda.device(aside.device), torch.inference_mode(), recording():
+        with torch.cuda.device(aside.device), _stream_kept(), torch.inference_mode(), recording():
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 function()
@@ -153,6 +153,11 @@ class CudaRecording:
         """See Replayable."""
         self._graph.replay()
         return self._output
+
+
+def _stream_kept() -> Any:  # noqa: ANN401 (torch's own, untyped)
+    """Return to the current stream afterwards: a capture that fails does not leave its own."""
+    return torch.cuda.stream(torch.cuda.current_stream())
 
 
 class _Witness:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -24,7 +25,12 @@ class Ran:
     hidden: torch.Tensor
     """[T, hidden_size] residuals of all tokens, chunk after chunk."""
     rows: list[torch.Tensor | Corrupted]
-    """For each chunk the logits of its last wanted tokens, float32 [wanted, vocab] on the host, or why not."""
+    """For each chunk the logits of its last wanted tokens, float32 on the host, or why not.
+
+    [wanted, vocab]; none, [0, vocab], of a chunk of which nobody reads any; and where the best will do, those alone.
+    """
+    places: list[torch.Tensor | None]
+    """For each chunk of which the best logits alone are there, int64 [wanted, count]: which tokens they are."""
     likeliest: list[list[int]]
     """For each of them the place of its largest number, of equal ones the first."""
 
@@ -38,32 +44,62 @@ class Runner:
         self.arena = arena
         self.forward = forward or self._eager
 
-    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Ran:
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], read: Sequence[int] | None = None) -> Ran:
         """Run one step; nothing in it is real until the caller advances each chunk's sequence.
 
-        A chunk whose numbers are not finite gets a Corrupted instead of logits; Corrupted is raised
-        when the step failed and it is unknown whose fault it was.
+        `read`: how many of the best logits of each row are to be there to read, more than there are for all of them
+        (the default). Where numbers are not `apart` all are there if any is. A chunk whose numbers are not finite gets
+        a Corrupted instead of logits; Corrupted is raised when the step failed and it is unknown whose fault it was.
         """
         step = self.arena.reserve(list(chunks))
         with torch.inference_mode():
             hidden_TH = self.forward(step)
             rows, largest = _rows(chunks, wanted), self.arena.kernels.ops.largest
-            read_NH = hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows]
-            logits_NV = self.model.logits(read_NH).float() if rows else torch.empty(0, 1)
-            # One pass over the numbers finds the largest and those that are none.
-            peaks_T = cast("list[int]", largest(hidden_TH).tolist())
-            peaks_N = cast("list[int]", largest(logits_NV).tolist())
-            logits_NV = logits_NV.cpu()
+            logits_NV = self._logits(hidden_TH, rows)
+            # One pass over the numbers finds the largest and those that are none; the host waits for both at once.
+            peaks = cast("list[int]", torch.cat([largest(hidden_TH), largest(logits_NV)]).tolist())
+            logits, places = self._to_host(logits_NV, wanted, read)
         results: list[torch.Tensor | Corrupted] = []
         likeliest: list[list[int]] = []
-        token = row = 0
-        for chunk, count in zip(chunks, wanted, strict=True):
-            likeliest.append(peaks_N[row : row + count])
-            sound = min(peaks_T[token : token + len(chunk.tokens)] + likeliest[-1], default=0) >= 0
-            results.append(logits_NV[row : row + count] if sound else Corrupted(_sentence(chunk)))
+        token, row = 0, len(hidden_TH)
+        for chunk, count, part_NV in zip(chunks, wanted, logits, strict=True):
+            likeliest.append(peaks[row : row + count])
+            sound = min(peaks[token : token + len(chunk.tokens)] + likeliest[-1], default=0) >= 0
+            results.append(part_NV if sound else Corrupted(_sentence(chunk)))
             token += len(chunk.tokens)
             row += count
-        return Ran(hidden_TH, results, likeliest)
+        return Ran(hidden_TH, results, places, likeliest)
+
+    def _logits(self, hidden_TH: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Return float32 [N, vocab] of some tokens, where the model is."""
+        if not rows:
+            return hidden_TH.new_empty(0, self.model.spec.vocab_size)
+        if len(rows) < len(hidden_TH):
+            hidden_TH = hidden_TH.index_select(0, torch.tensor(rows, device=hidden_TH.device))
+        return self.model.logits(hidden_TH).float()
+
+    def _to_host(
+        self, logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[int] | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Return each chunk's logits as far as they are read, and their places where those are not all.
+
+        What chunks read whole is one copy, and of the others what is left is another.
+        """
+        vocab, apart = logits_NV.shape[1], self.arena.kernels.ops.apart
+        asked = [vocab] * len(wanted) if read is None else [most if apart or not most else vocab for most in read]
+        whole = [count if most >= vocab else 0 for count, most in zip(wanted, asked, strict=True)]
+        short = [count if 0 < most < vocab else 0 for count, most in zip(wanted, asked, strict=True)]
+        logits = _split(_kept(logits_NV, wanted, whole).cpu(), whole)
+        places: list[torch.Tensor | None] = [None] * len(wanted)
+        if any(short):
+            # As many for all, so that all of them can be drawn from at once.
+            most = max(most for most, count in zip(asked, short, strict=True) if count)
+            best = self.arena.kernels.ops.best(_kept(logits_NV, wanted, short), most)
+            found = zip(*(_split(side.cpu(), short) for side in best), strict=True)
+            for index, (best_NK, places_NK) in enumerate(found):
+                if short[index]:
+                    logits[index], places[index] = best_NK, places_NK
+        return logits, places
 
     def step(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[torch.Tensor | Corrupted]:
         """Run one step and make every healthy chunk without drafts real; return the logits of `run`.
@@ -102,6 +138,19 @@ def _rows(chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[int]:
         end += len(chunk.tokens)
         rows.extend(range(end - count, end))
     return rows
+
+
+def _kept(rows_NV: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """Return the first `counts` of each chunk's `wanted` rows; the same tensor if those are all."""
+    if sum(counts) == len(rows_NV):
+        return rows_NV
+    parts = zip(_split(rows_NV, wanted), counts, strict=True)
+    return torch.cat([part_NV[:count] for part_NV, count in parts])
+
+
+def _split(rows_NV: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    ends = list(itertools.accumulate(counts))
+    return [rows_NV[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def _sentence(chunk: Chunk) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from truekv.core.options import SamplingParams
     from truekv.core.sampling import Sampling
     from truekv.engine.constrain import Constraint
+
+
+ALL: Final = 1 << 62
+"""More logits than any row has."""
+MOST_READ: Final = 1024
+"""Beyond so many a whole row is as good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,20 @@ class Sampler:
     def independent(self) -> bool:
         """Whether a row of logits is all that a token depends on, so that later rows can be drawn from at once."""
         return self._constraint is None and self._penalties is None and self._biased is None and self._banned is None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the first of the largest logits of its row, whatever they are."""
+        return self.independent and (self.params.temperature == 0 or self.params.top_k == 1)
+
+    @property
+    def reads(self) -> int:
+        """How many of the best logits of a row a draw looks at, in their order; more than there are if at all.
+
+        With top_k those and one more, which says that there are others: so the draw takes the way that it takes in the
+        whole row, and adds up the same numbers in the same order.
+        """
+        return self.params.top_k + 1 if self.independent and 0 < self.params.top_k < MOST_READ else ALL
 
     def ask(self, logits_V: torch.Tensor, ahead: int = 0) -> Draw:
         """Return the draw of the next token, or of the one that follows `ahead` others if it is `independent`.

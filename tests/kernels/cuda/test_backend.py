@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,12 +122,76 @@ def test_machine_code_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytes
     made = compiler.compiled(source, {"NUMBER": 1})
     assert made.startswith(b"\x7fELF")
     (kept,) = (tmp_path / "truekv").iterdir()
-    kept.write_bytes(b"found")
+    kept.write_bytes(b"found" + hashlib.sha256(b"found").digest())
     assert compiler.compiled(source, {"NUMBER": 1}) == b"found"
     assert compiler.compiled(source, {"NUMBER": 2}).startswith(b"\x7fELF")
     source.write_text(source.read_text().replace("NUMBER", "NUMBER + 1"))
     assert compiler.compiled(source, {"NUMBER": 1}).startswith(b"\x7fELF")
     assert len(list((tmp_path / "truekv").iterdir())) == 3
+
+
+@NEEDS_NVCC
+def test_damaged_machine_code_is_noticed_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "one.cu"
+    source.write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
+    made = compiler.compiled(source, {})
+    (kept,) = (tmp_path / "truekv").iterdir()
+    whole = kept.read_bytes()
+    # A device's driver and disassemblers take the file as it is.
+    assert whole.startswith(made)
+    flipped = [bytes([*whole[:place], whole[place] ^ 4, *whole[place + 1 :]]) for place in (0, len(made) // 2, -1)]
+    for damaged in (*flipped, whole[:-1], whole[: len(whole) // 2], made, whole + b"\0", b"", b"\x7fELF"):
+        kept.write_bytes(damaged)
+        assert compiler.compiled(source, {}) == made
+        assert caplog.messages == [f"the compiled kernel {kept} is damaged, so it is compiled again"]
+        caplog.clear()
+        assert kept.read_bytes() == whole
+        assert compiler.compiled(source, {}) == made
+        assert not caplog.messages
+    assert list((tmp_path / "truekv").iterdir()) == [kept]
+
+
+@NEEDS_NVCC
+def test_processes_that_find_it_damaged_at_once_all_get_it_whole(tmp_path: Path) -> None:
+    source, code = tmp_path / "one.cu", tmp_path / "code.py"
+    source.write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
+    # Each reads and writes for as long as the others, who damage the file again and again.
+    code.write_text(
+        "import pathlib, sys\n"
+        "from truekv.kernels.cuda import compiler\n"
+        "source, made = pathlib.Path(sys.argv[1]), None\n"
+        "for turn in range(6):\n"
+        "    found = compiler.compiled(source, {})\n"
+        "    assert found == (made or found) and found.startswith(b'\\x7fELF')\n"
+        "    made = found\n"
+        "    (kept,) = (source.parent / 'truekv').glob('one-*.cubin')\n"
+        "    if turn < 5:\n"
+        "        kept.write_bytes(kept.read_bytes()[: 100 * turn])\n"
+    )
+    running = [
+        subprocess.Popen([sys.executable, code, source], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+        for _ in range(3)
+    ]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    (kept,) = (tmp_path / "truekv").iterdir()
+    assert kept.suffix == ".cubin"
+
+
+@NEEDS_NVCC
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "one.cu"
+    source.write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert compiler.compiled(source, {}).startswith(b"\x7fELF")
+    assert not list((tmp_path / "truekv").iterdir())
 
 
 @NEEDS_NVCC

@@ -1,4 +1,4 @@
-"""The recurrent rules, the grouped products and the operations on rows, as they are compiled for real models' sizes."""
+"""Recurrent rules, grouped products, operations on rows and greedy tokens, as they are compiled for real sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kernels.triton.case import Case
 
-from truekv.kernels.triton import experts, gdn, mamba2, rows, timeline
+from truekv.kernels.triton import experts, gdn, largest, mamba2, rows, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,4 +78,15 @@ CASES: Final = [
         num_warps=1,
     ),
     _case("swiglu", rows._activate, {"SWIGLU": True, "BLOCK": rows.BLOCK}),
+    *(
+        _case(
+            f"largest of a {what}",
+            largest.span_kernel,
+            {"ALONE": alone, "BLOCK": largest.BLOCK},
+            {"xs": kind, "outs": "*i64"},
+        )
+        for what, kind, alone in (("part", "*fp32", False), ("short row", "*bf16", True))
+    ),
+    _case("keys of a row", largest.key_kernel, {"BLOCK": largest.BLOCK}, {"xs": "*fp32", "keys": "*i64"}),
+    _case("largest of 38 parts", largest.row_kernel, {"BLOCK_P": 64}, {"keys": "*i64", "places": "*i64"}, num_warps=1),
 ]

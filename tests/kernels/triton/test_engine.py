@@ -11,11 +11,16 @@ from random_models import save_dense, save_hybrid, save_latent, save_mamba
 
 from truekv import LLM, SamplingParams
 from truekv.core.options import Speculation
+from truekv.core.sampling import Draw
+from truekv.engine.run import Runner
+from truekv.kernels.triton import ops
 from truekv.kernels.triton.interpreter import INTERPRETED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from truekv.engine.run import Ran
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels run on a GPU only: make gpu tests them there")
 
@@ -58,3 +63,57 @@ def test_answers_with_drafts_are_those_without(saved: Callable[[str], str], fami
     (expected,) = load(saved(family), "reference", kv_cache_dtype="f32").generate([PROMPT], params)
     assert answer.tokens == expected.tokens
     assert sum(ours.stats["drafted"]) > 0
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_greedy_tokens_are_chosen_where_the_logits_are(
+    saved: Callable[[str], str], drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside sampled ones, of which logits can be read, or the best of them; drafts are verified like any token."""
+    speculation = Speculation(num_speculative_tokens=drafts, adaptive=False) if drafts else None
+    options = {"kv_cache_dtype": "f32", "speculative_config": speculation, "max_num_seqs": 4}
+    ours, theirs = (
+        LLM(saved("dense"), kernel_backend=name, max_model_len=64, sentinel=False, **options)  # type: ignore[arg-type]
+        for name in ("triton", "native")
+    )
+    steps: list[Ran] = []
+    shapes: list[tuple[int, ...]] = []
+    run, largest = Runner.run, ops.OPS.largest
+
+    def seen(*given: Any) -> Ran:
+        steps.append(run(*given))
+        return steps[-1]
+
+    def found(x: torch.Tensor) -> torch.Tensor:
+        shapes.append((*x.shape,))
+        return largest(x)
+
+    params = [
+        SamplingParams(max_tokens=10, ignore_eos=True),
+        SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, seed=5),
+        SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, top_k=1),
+        SamplingParams(max_tokens=10, ignore_eos=True, temperature=1.1, top_k=30, top_p=0.95, min_p=0.01, seed=7),
+    ]
+    prompts = [PROMPT, PROMPT[1:], PROMPT[2:], PROMPT[3:]]
+    expected = theirs.generate(prompts, params)
+    # Of the CPU's sampler too, which is given every row of the reference's logits.
+    for place in (0, 2):
+        logits = theirs.logits(prompts[place] + expected[place].tokens)[len(prompts[place]) - 1 : -1]
+        draws = [Draw(row, 0.0, 0, 1.0, 0.0, 0.0) for row in logits]
+        assert theirs._blueprint.kernels.sampling.draw(draws) == expected[place].tokens
+    monkeypatch.setattr(Runner, "run", seen)
+    monkeypatch.setattr(ops.OPS, "largest", found)
+    assert [answer.tokens for answer in ours.generate(prompts, params)] == [answer.tokens for answer in expected]
+    whole = [ran for ran in steps if len(ran.rows) == 4]
+    assert whole
+    for ran in whole:
+        drawn, best = (len(ran.likeliest[index]) for index in (1, 3))
+        shapes_of = [tuple(part.shape) for part in ran.rows if isinstance(part, torch.Tensor)]
+        assert shapes_of == [(0, 320), (drawn, 320), (0, 320), (best, 31)]
+        assert all(len(places) >= 1 for places in ran.likeliest)
+    assert [shape for shape in shapes if shape[1] == 320] == [(sum(map(len, ran.likeliest)), 320) for ran in steps]
+    # One call for the rows that are whole, and one for those of which there are the best alone.
+    read = [len({part.shape[1] for part in ran.rows if len(part)}) for ran in steps]  # type: ignore[arg-type, union-attr]
+    assert ours._blueprint.kernels.calls["sample"] == sum(read)
+    # Some of the drafts were right, some wrong.
+    assert drafts == 0 or 0 < sum(ours.stats["accepted"]) < sum(ours.stats["drafted"])

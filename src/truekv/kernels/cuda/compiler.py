@@ -1,6 +1,7 @@
 """From CUDA C++ to machine code at first use, by NVRTC where torch brought it, else by nvcc; kept on disk.
 
 A file of the cache is named after all that its contents follow from: source, definitions, architecture and compiler.
+Its last bytes are a digest of the others, so that a damaged one is noticed and made again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ARCHITECTURE: Final = "sm_90a"
+_DIGEST: Final = hashlib.sha256().digest_size
 
 
 class Compiler(Protocol):
@@ -137,17 +140,40 @@ def compiled(source: Path, definitions: Mapping[str, int]) -> bytes:
     by, given = compiler(), options(definitions)
     digest = hashlib.sha256(source.read_bytes() + repr((given, by.version)).encode()).hexdigest()
     kept = _folder() / f"{source.stem}-{digest[:32]}.cubin"
-    with suppress(OSError):
-        return kept.read_bytes()
-    code = by.compile(source, given)
-    # Where nothing can be kept, it is compiled again the next time.
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        # Under its name only once it is whole: other processes may look for it now.
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(kept)
+    code = _found(kept)
+    if code is None:
+        code = by.compile(source, given)
+        # Where nothing can be kept, it is compiled again the next time.
+        with suppress(OSError):
+            _keep(kept, code)
     return code
+
+
+def _found(kept: Path) -> bytes | None:
+    """Return the machine code of a file, or None where there is none, or not what was written; that is said."""
+    try:
+        contents = kept.read_bytes()
+    except OSError:
+        return None
+    # Behind the code, where tools that read such files do not look.
+    code, digest = contents[:-_DIGEST], contents[-_DIGEST:]
+    if hashlib.sha256(code).digest() == digest:
+        return code
+    logging.getLogger("truekv").warning("the compiled kernel %s is damaged, so it is compiled again", kept)
+    return None
+
+
+def _keep(kept: Path, code: bytes) -> None:
+    """Write a file of the cache, under its name only once it is whole: other processes may look for it now."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=kept.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(code + hashlib.sha256(code).digest())
+        Path(name).replace(kept)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _folder() -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
 from truekv.kernels.native import arguments as native
 from truekv.kernels.native.library import run
 from truekv.kernels.native.linear import NativeExperts, NativeHeads, NativeMatrix, activate, dense, is_bf16
+from truekv.kernels.reference.ops import OPS as REFERENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,6 +22,8 @@ _MOST_EXPERTS: Final = 4096
 
 class NativeOps:
     """Every operation of core/ops.py, by the native library."""
+
+    apart: ClassVar[bool] = False
 
     def matrix(self, parts: Seq[Part]) -> NativeMatrix:
         """Pack the parts as one map."""
@@ -209,6 +212,10 @@ class NativeOps:
         )
         run("finite", arguments)
         return bool(arguments.finite)
+
+    def best(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the reference returns: whole rows are drawn from here."""
+        return REFERENCE.best(x, count)
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
         """Where each row's largest number is, of equal ones the first; -1 where one is not finite."""

@@ -6,7 +6,7 @@ native kernels keep the promise of core/ops.py, this file says what they compute
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from truekv.core.lazy import torch
 
@@ -109,6 +109,8 @@ def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
 class ReferenceOps:
     """Every operation of core/ops.py, in torch."""
 
+    apart: ClassVar[bool] = False
+
     def matrix(self, parts: Seq[Part]) -> ReferenceMatrix:
         """Keep the parts."""
         return ReferenceMatrix(parts)
@@ -199,6 +201,11 @@ class ReferenceOps:
     def finite(self, *parts: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
         """Whether every number is finite."""
         return all(bool(torch.isfinite(part if rows is None else part[rows]).all()) for part in parts)
+
+    def best(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sort whole rows."""
+        sorted_ND, order_ND = x.sort(dim=-1, descending=True, stable=True)
+        return sorted_ND[:, :count], order_ND[:, :count]
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
         """Where each row's largest number is, -1 where one is not finite."""

@@ -1,16 +1,17 @@
-"""Linear maps by torch's own products (cuBLAS), norms, gates and experts by Triton, routers in plain torch.
+"""Linear maps by torch's own products (cuBLAS), norms, gates, experts and greedy tokens by Triton, routers in torch.
 
 Unlike the native kernels', the last bits of a product's row may depend on how many rows there are.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from truekv.core.lazy import torch
 from truekv.kernels.reference.ops import ReferenceMatrix, ReferenceOps
 from truekv.kernels.triton import rows
 from truekv.kernels.triton.experts import TritonExperts
+from truekv.kernels.triton.largest import best, largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 class TritonOps:
     """Every operation of core/ops.py."""
 
+    apart: ClassVar[bool] = True
+
     def __init__(self) -> None:
         """Take what is fast enough in torch from the reference."""
         reference = ReferenceOps()
@@ -29,7 +32,6 @@ class TritonOps:
         self.angles = reference.angles
         self.route = reference.route
         self.finite = reference.finite
-        self.largest = reference.largest
 
     def matrix(self, parts: Seq[Part]) -> Matrix:
         """Join the parts, so that there is one product."""
@@ -53,6 +55,8 @@ class TritonOps:
     softplus = staticmethod(rows.softplus)
     delta_gates = staticmethod(rows.delta_gates)
     rotate = staticmethod(rows.rotate)
+    largest = staticmethod(largest)
+    best = staticmethod(best)
 
 
 OPS: Final[Ops] = TritonOps()

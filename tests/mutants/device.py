@@ -1,0 +1,226 @@
+"""Bugs of the kernels for GPUs, put into their source: Triton's run in its interpreter, that in CUDA C++ as its PTX."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pytest
+import torch
+from kernels.cuda import emulated as emulated_module
+from kernels.cuda import test_attend
+from kernels.cuda.emulated import Emulated
+from kernels.triton import test_largest, test_paged, test_scans, test_store
+from memory.toys import gdn
+from mutants.mutant import Mutant, Patch
+
+from truekv.kernels.cuda import compiler, kernel
+from truekv.kernels.cuda import paged as cuda
+from truekv.kernels.triton import attention, largest, paged
+from truekv.kernels.triton import gdn as gdn_module
+from truekv.kernels.triton.interpreter import INTERPRETED
+from truekv.kernels.triton.tiles import SPAN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import ModuleType
+
+NO_INTERPRETER: Final = "" if INTERPRETED else "Triton's interpreter is off: TRITON_INTERPRET=1"
+NO_COMPILER: Final = NO_INTERPRETER or ("" if compiler.nvcc() else "there is no nvcc")
+
+
+@contextmanager
+def interpreted() -> Iterator[Mapping[str, Any]]:
+    """What the tests of Triton's kernels run in: memory of torch.empty is NaN, and infinities are numbers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield {}
+    finally:
+        torch.use_deterministic_algorithms(mode=before)
+
+
+@contextmanager
+def emulated() -> Iterator[Mapping[str, Any]]:
+    """The same, with the CUDA kernel's PTX where a device would run it."""
+    found = Emulated()
+    with interpreted(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cuda, "load", found.load)
+        patched.setattr(kernel, "load", found.load)
+        yield {"emulated": found}
+
+
+def changed(source: str, old: str, new: str) -> str:
+    """The source with one place changed, which must be there once."""
+    if source.count(old) != 1:
+        raise ValueError(f"{old!r} is there {source.count(old)} times")
+    return source.replace(old, new)
+
+
+def in_triton(user: ModuleType, name: str, old: str, new: str) -> Callable[[], list[Patch]]:
+    """A kernel of other source, for the module that uses it; what it calls is what the original calls."""
+
+    def patches() -> list[Patch]:
+        function = getattr(user, name).fn
+        source = changed(inspect.getsource(function), old, new)
+        # The interpreter reads the lines of the file.
+        file, namespace = f"<{name} with a bug>", dict[str, Any]()
+        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+        exec(compile(source, file, "exec"), function.__globals__, namespace)  # noqa: S102 (our own source)
+        return [Patch(user, name, namespace[name])]
+
+    return patches
+
+
+def in_cuda(old: str, new: str) -> Callable[[], list[Patch]]:
+    """The CUDA kernel of other source."""
+
+    def ptx(kind: kernel.Kind) -> str:
+        found = compiler.nvcc()
+        assert found is not None
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "attend.cu"
+            source.write_text(changed(kernel.SOURCE.read_text(), old, new))
+            return found.ptx(source, compiler.options(kernel.definitions(kind)))
+
+    return lambda: [Patch(emulated_module, "ptx", ptx)]
+
+
+def triton(
+    name: str, breaks: str, test: Callable[..., None], bug: Callable[[], list[Patch]], /, **given: object
+) -> Mutant:
+    return Mutant(name, breaks, test, bug, given, interpreted, NO_INTERPRETER)
+
+
+def cpp(
+    name: str, breaks: str, test: Callable[..., None], bug: Callable[[], list[Patch]], /, **given: object
+) -> Mutant:
+    return Mutant(f"{name} (CUDA)", breaks, test, bug, given, emulated, NO_COMPILER)
+
+
+MUTANTS: Final = (
+    triton(
+        "table read a page off",
+        "attention takes each page from the entry before its own",
+        test_paged.test_groups_and_query_lengths,
+        in_triton(paged, "attend_kernel", "first_G // PAGE_TOKENS,", "tl.maximum(first_G // PAGE_TOKENS - 1, 0),"),
+        group=2,
+        counts=[1, 1],
+    ),
+    triton(
+        "causal edge off by one",
+        "a token sees the draft that follows it",
+        test_paged.test_groups_and_query_lengths,
+        in_triton(paged, "attend_kernel", "tl.minimum(position_M, end - 1)", "tl.minimum(position_M + 1, end - 1)"),
+        group=2,
+        counts=[3, 1],
+    ),
+    triton(
+        "unwritten lines read",
+        "lines beyond the last token meet a weight of zero, which NaN does not mind",
+        test_paged.test_lines_that_nobody_wrote_are_never_read_as_numbers,
+        in_triton(paged, "attend_kernel", "[None, :] < end", "[None, :] < end + PAGE_TOKENS"),
+        name="int8",
+        garbage=0xFF,
+    ),
+    triton(
+        "window's edge off by one",
+        "a windowed token sees one key more than its window has",
+        test_paged.test_windows,
+        in_triton(paged, "attend_kernel", "position_M - window, ACROSS", "position_M - window - 1, ACROSS"),
+        window=33,
+    ),
+    triton(
+        "heads of a group strided",
+        "query head h belongs to kv head h % kv heads instead of h // group",
+        test_paged.test_groups_and_query_lengths,
+        in_triton(paged, "attend_kernel", "head * GROUP + place_M % GROUP", "place_M % GROUP * HEADS + head"),
+        group=5,
+        counts=[1, 1],
+    ),
+    triton(
+        "scale of the next row",
+        "a row is multiplied by the scale of the line after it",
+        test_paged.test_groups_and_query_lengths,
+        in_triton(
+            attention,
+            "read_rows",
+            "scales_G[:, None] + line_L[None, :]",
+            "scales_G[:, None] + ((line_L + 1) % ROW.page_tokens)[None, :]",
+        ),
+        group=1,
+        counts=[1, 1],
+    ),
+    triton(
+        "merge forgets the largest",
+        "spans are merged relative to the largest score of the span before, not of all before",
+        test_paged.test_lengths_at_the_edges_of_blocks_and_spans,
+        in_triton(paged, "merge_kernel", "largest_R = raised_R", "largest_R = top_R"),
+        length=2 * SPAN + 1,
+    ),
+    triton(
+        "padded tokens stored",
+        "a token of no line is written to the first line of its page",
+        test_store.test_a_token_of_no_line_is_stored_nowhere,
+        in_triton(
+            paged,
+            "store_kernel",
+            "line_R = tl.load(line + token_R, mask=inside_R, other=-1)",
+            "line_R = tl.where(inside_R, tl.maximum(tl.load(line + token_R, mask=inside_R, other=-1), 0), -1)",
+        ),
+    ),
+    triton(
+        "drafts folded in Triton",
+        "the state of a delta rule is saved after the drafts, before they are verified",
+        test_scans.test_outputs_states_and_logs_are_the_references,
+        in_triton(gdn_module, "carry", "old + tl.load(certains + row)", "old + tl.load(counts + row)"),
+        layer=gdn(),
+        dtype=torch.float32,
+    ),
+    triton(
+        "last of equal logits",
+        "a greedy token is the last of the largest logits of a block, not the first",
+        test_largest.test_it_is_the_first_of_equal_ones,
+        in_triton(largest, "span_kernel", "x_B > most_B", "x_B >= most_B"),
+        dim=2 * SPAN + 1,
+        dtype=torch.float32,
+    ),
+    cpp(
+        "causal edge off by one",
+        "a token sees the draft that follows it",
+        test_attend.test_groups_and_query_lengths,
+        in_cuda("smaller(seen, end - 1)", "smaller(seen + 1, end - 1)"),
+        group=2,
+        counts=[4, 1],
+    ),
+    cpp(
+        "unwritten lines read",
+        "values of lines beyond the last token meet a weight of zero, which NaN does not mind",
+        test_attend.test_lines_that_nobody_wrote_are_never_read_as_numbers,
+        in_cuda("if (token >= end) value_scale[t][u] = 0;", ""),
+        garbage=0xFF,
+    ),
+    cpp(
+        "warps forget the largest",
+        "the warps' sums of weights are added up as if all had the same largest score",
+        test_attend.test_lengths_at_the_edges_of_pages_and_spans,
+        in_cuda("sums[w][slot] * power(tops[w][slot] - most)", "sums[w][slot]"),
+        length=129,
+    ),
+    cpp(
+        "scale of the row beside it",
+        "two keys that lie side by side have each other's scale",
+        test_attend.test_groups_and_query_lengths,
+        in_cuda("key_scale[t][j / 2];", "key_scale[t][1 - j / 2];"),
+        group=1,
+        counts=[1, 1],
+    ),
+)
