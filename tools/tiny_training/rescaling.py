@@ -60,9 +60,7 @@ def soften(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
     Muon moves all rows of a matrix alike, so those of one matrix should be about equally large: the gains of the latent
     become about 1, and the rows of the rotary key as large as the rows of the latent beside them.
-
-    Raises:
-        ValueError: if the model has no latent.
+    ValueError says that a model has no latent.
     """
     if "kv_lora_rank" not in config:
         raise ValueError(f"{config['model_type']} has no latent to soften")
@@ -179,10 +177,7 @@ def _soften_latent(tensors: Tensors, prefix: str, config: dict[str, Any]) -> Non
     factors = torch.where(gains > 0, 1 / gains, 1).log2().round().exp2()
     rms = tensors[f"{prefix}kv_a_proj_with_mqa.weight"].float().norm(dim=1)
     latent, rope = rms.split([config["kv_lora_rank"], config["qk_rope_head_dim"]])
-    if config.get("rope_interleave", True):
-        rope = rope.view(-1, 2)
-    else:
-        rope = rope.view(2, -1).T
+    rope = rope.view(-1, 2) if config.get("rope_interleave", True) else rope.view(2, -1).T
     pairs = (latent.square().mean() / rope.square().mean(1)).sqrt().log2().round().exp2()
     _scale_latent(tensors, prefix, config, factors, pairs)
 

@@ -99,7 +99,7 @@ class Fact:
         return self.statement() if self.owner or self.attribute == "secret" else self._own("Your")
 
     def content(self) -> str:
-        """What decides the split."""
+        """Return what decides the split."""
         return f"{self.owner}|{self.attribute}|{self.value}"
 
     def _own(self, determiner: str) -> str:
