@@ -169,11 +169,20 @@ def haystack(rng: random.Random, tokens: int) -> Iterator[Segment]:
             yield from turn_segments(tasks.asking_turn(fact))
 
 
+def _addition_turn(rng: random.Random) -> tasks.Turn:
+    """Draw a sum of three numbers, which no task asks for; its last step is one that products could have led to."""
+    a, b, c, d = (rng.randint(2, 9) for _ in range(4))
+    first = rng.randint(1, a * b - 1)
+    last = c * rng.choice((1, d))
+    question = f"{first} + {a * b - first} + {last}"
+    return tasks.Turn(f"What is {question}?", f"{question} = {a * b} + {last} = {a * b + last}")
+
+
 def sums(rng: random.Random) -> Iterator[Segment]:
-    """Ask for one sum after the other."""
+    """Ask for one sum after the other; a third only add, so that adding is not learned product by product."""
     yield from _system(rng)
     while True:
-        yield from turn_segments(tasks.arithmetic_turn(rng, "train"))
+        yield from turn_segments(tasks.arithmetic_turn(rng, "train") if rng.randrange(3) else _addition_turn(rng))
 
 
 def weather(rng: random.Random) -> Iterator[Segment]:
