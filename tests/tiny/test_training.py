@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,18 @@ def test_oddities_have_values_that_no_task_gives_them() -> None:
     pets = {fact.value for fact in drawn if fact.attribute == "pet"}
     assert pets - set(tasks.words.ANIMALS)
     assert {fact.attribute for fact in drawn} - set(tasks.ATTRIBUTES)
+
+
+@pytest.mark.usefixtures("tools")
+def test_sums_are_right_and_none_of_a_task_is_held_out() -> None:
+    documents = importlib.import_module("tiny_training.documents")
+    rows = documents.sums(random.Random(0))
+    asked = {segment.text for segment in itertools.islice(rows, 20_000) if segment.supervised}
+    sums = [text.removesuffix("<|im_end|>").split(" = ") for text in asked]
+    for question, steps, result in sums:
+        assert eval(question) == eval(steps) == int(result)  # noqa: S307
+    products = [question for question, _, _ in sums if "*" in question]
+    additions = [question for question, _, _ in sums if question.count("+") == 2 and "*" not in question]
+    assert len(products) > 500
+    assert len(additions) > 500
+    assert {tasks.split_of(question) for question, _, _ in sums if question not in additions} == {"train"}
