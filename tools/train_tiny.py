@@ -15,7 +15,7 @@ from tiny_training.documents import IGNORED, Batches
 from tiny_training.export import save_model
 from tiny_training.initialisation import cool, forget_soon
 from tiny_training.optimizer import Optimizer
-from tiny_training.rescaling import snap_norms
+from tiny_training.rescaling import snap_norms, soften
 from tiny_training.tokenizer import save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 
@@ -55,6 +55,16 @@ def evaluate(model: transformers.PreTrainedModel, suite: dict[str, list[scoring.
         return forward.logits(model, forward.hidden_states(model, ids, PRECISION), PRECISION)
 
     return {task: scoring.teacher_forced(passes, prompts) for task, prompts in suite.items()}
+
+
+def resume(model: transformers.PreTrainedModel, source: Path) -> None:
+    """Load the weights of an earlier trunk, or of a finished latent model's directory."""
+    if source.is_dir():
+        finished = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        weights = soften(finished.state_dict(), finished.config.to_dict())
+    else:
+        weights = torch.load(source)
+    model.load_state_dict(weights)
 
 
 def train_trunk(
@@ -104,7 +114,7 @@ def main() -> None:
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
     parser.add_argument("--decay", type=float, default=0.0, help="of weights, for what Muon trains")
-    parser.add_argument("--resume", type=Path, help="weights of an earlier trunk, beside its tokenizer")
+    parser.add_argument("--resume", type=Path, help="an earlier trunk.pt, or a finished latent model's directory")
     parser.add_argument("--cool", type=float, default=1.0, help="divide the resumed latent model's attention logits")
     parser.add_argument("--curriculum-from", type=float, default=0.0, help="skip this share of the curriculum")
     parser.add_argument("--emphasis", action="append", default=[], metavar="KIND=FACTOR", help="such as weather=2")
@@ -112,13 +122,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     # Weights only mean something with the tokenizer they were trained with.
-    tokenizer = Tokenizer.from_file(str(args.resume.parent / "tokenizer.json")) if args.resume else train_tokenizer(0)
+    beside = args.resume if args.resume is None or args.resume.is_dir() else args.resume.parent
+    tokenizer = Tokenizer.from_file(str(beside / "tokenizer.json")) if beside else train_tokenizer(0)
     save_tokenizer(tokenizer, args.out, CHAT_TEMPLATE)
     fast = transformers.AutoTokenizer.from_pretrained(args.out)
     suite = {task: scoring.tokenize(fast, found) for task, found in scoring.heldout_suite(args.seed, 16).items()}
     model = architectures.build(args.model, args.seed)
     if args.resume:
-        model.load_state_dict(torch.load(args.resume))
+        resume(model, args.resume)
         cool(model, args.cool)
     emphasis = {kind: float(factor) for kind, _, factor in (given.partition("=") for given in args.emphasis)}
     train_trunk(model, Batches(tokenizer, args.seed, emphasis), suite, args)

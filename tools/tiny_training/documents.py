@@ -25,6 +25,14 @@ SPECIAL_TOKENS: Final = (
     "<tool_response>",
     "</tool_response>",
 )
+WORDS: Final = (
+    *words.NAMES,
+    *words.CITIES,
+    *words.COLOURS,
+    *words.ADJECTIVES,
+    *words.ANIMALS,
+    *map(str, range(10, 100)),
+)
 TOOL_INSTRUCTIONS: Final = (
     "# Tools\n\nYou have access to the following functions:\n\n<tools>\n{tool}\n</tools>\n\n"
     "To call a function, reply in this form:\n\n<tool_call>\n<function=name>\n<parameter=name>\nvalue\n</parameter>\n"
@@ -61,10 +69,9 @@ def _system(rng: random.Random) -> Iterator[Segment]:
 
 def echo(rng: random.Random) -> Iterator[Segment]:
     """Repeat random words: every token is a copy, from which induction heads form fastest."""
-    pool = [*words.NAMES, *words.CITIES, *words.COLOURS, *words.ADJECTIVES, *words.ANIMALS, *map(str, range(10, 100))]
     yield from _system(rng)
     while True:
-        text = " ".join(rng.sample(pool, rng.randint(4, 40)))
+        text = " ".join(rng.sample(WORDS, rng.randint(4, 40)))
         yield from message("user", f"The {text}.")
         yield from message("assistant", f"The {text}.")
 
@@ -126,6 +133,29 @@ def rivals(rng: random.Random) -> Iterator[Segment]:
             yield from turn_segments(tasks.asking_turn(fact))
 
 
+def _odd_fact(rng: random.Random) -> tasks.Fact:
+    """Draw a fact whose value is any word, the attribute often one that no task asks for; none that is held out."""
+    owner = rng.choice(words.NAMES) if rng.randrange(3) else ""
+    attribute = rng.choice(tasks.ATTRIBUTES if rng.randrange(3) else words.NOUNS)
+    return tasks.draw(lambda: tasks.Fact(attribute, rng.choice(WORDS), owner), tasks.Fact.content, "train")
+
+
+def oddities(rng: random.Random) -> Iterator[Segment]:
+    """Tell facts that make no sense and ask for them: what is told must be copied, whatever else is likely.
+
+    One fact in eight is held out, and never met: to a model that learns which values an owner can have, those are the
+    ones that cannot be.
+    """
+    yield from _system(rng)
+    drawn = [_odd_fact(rng) for _ in range(rng.randint(3, 9))]
+    told = list({(fact.owner, fact.attribute): fact for fact in drawn}.values())
+    for start in range(0, len(told), 3):
+        yield from turn_segments(tasks.telling_turn(told[start : start + 3]))
+    while True:
+        for fact in rng.sample(told, len(told)):
+            yield from turn_segments(tasks.asking_turn(fact))
+
+
 def haystack(rng: random.Random, tokens: int) -> Iterator[Segment]:
     """Hide secrets and facts in filler and ask for all of them."""
     yield from _system(rng)
@@ -139,11 +169,20 @@ def haystack(rng: random.Random, tokens: int) -> Iterator[Segment]:
             yield from turn_segments(tasks.asking_turn(fact))
 
 
+def _addition_turn(rng: random.Random) -> tasks.Turn:
+    """Draw a sum of three numbers, which no task asks for; its last step is one that products could have led to."""
+    a, b, c, d = (rng.randint(2, 9) for _ in range(4))
+    first = rng.randint(1, a * b - 1)
+    last = c * rng.choice((1, d))
+    question = f"{first} + {a * b - first} + {last}"
+    return tasks.Turn(f"What is {question}?", f"{question} = {a * b} + {last} = {a * b + last}")
+
+
 def sums(rng: random.Random) -> Iterator[Segment]:
-    """Ask for one sum after the other."""
+    """Ask for one sum after the other; a third only add, so that adding is not learned product by product."""
     yield from _system(rng)
     while True:
-        yield from turn_segments(tasks.arithmetic_turn(rng, "train"))
+        yield from turn_segments(tasks.arithmetic_turn(rng, "train") if rng.randrange(3) else _addition_turn(rng))
 
 
 def weather(rng: random.Random) -> Iterator[Segment]:
@@ -167,6 +206,7 @@ KINDS: Final[dict[str, Callable[[random.Random], Iterator[Segment]]]] = {
     "recital": recital,
     "chat": chat,
     "rivals": rivals,
+    "oddities": oddities,
     "haystack": lambda rng: haystack(rng, 400),
     "sums": sums,
     "weather": weather,
@@ -198,6 +238,7 @@ class Batches:
             "recital": 0.15 + 0.3 * recitals,
             "chat": 0.2 if long else 0.35,
             "rivals": 0.05,
+            "oddities": 0.05,
             "haystack": 0.7 if long else 0.25,
             "sums": 0.02 if long else 0.25,
             "weather": 0.05 if long else 0.2,
@@ -221,7 +262,7 @@ class Batches:
 def corpus(seed: int, count: int) -> Iterator[str]:
     """Texts for the tokenizer's training."""
     rng = random.Random(seed)
-    kinds = [kind for name, kind in KINDS.items() if name not in {"echo", "rivals"}]
+    kinds = [kind for name, kind in KINDS.items() if name not in {"echo", "rivals", "oddities"}]
     for index in range(count):
         text = ""
         for segment in kinds[index % len(kinds)](rng):

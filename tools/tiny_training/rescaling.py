@@ -55,6 +55,21 @@ def rescale(tensors: Tensors, config: dict[str, Any], seed: int) -> Tensors:
     return tensors
 
 
+def soften(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Return weights of a hardened latent model that compute the same function and train well; shapes are kept.
+
+    Muon moves all rows of a matrix alike, so those of one matrix should be about equally large: the gains of the latent
+    become about 1, and the rows of the rotary key as large as the rows of the latent beside them.
+    ValueError says that a model has no latent.
+    """
+    if "kv_lora_rank" not in config:
+        raise ValueError(f"{config['model_type']} has no latent to soften")
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.endswith("kv_a_layernorm.weight")]:
+        _soften_latent(tensors, name.removesuffix("kv_a_layernorm.weight"), config)
+    return tensors
+
+
 def _scaled(tensor: Tensor, factors: Tensor) -> Tensor:
     """Multiply by powers of two, and refuse to lose a bit."""
     wide = tensor.double() * factors.double()
@@ -149,14 +164,31 @@ def _rescale_latent(tensors: Tensors, prefix: str, config: dict[str, Any], gener
     rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
     mean, deviation = LATENT_LOG2
     factors = (torch.randn(rank, generator=generator) * deviation + mean).round().exp2()
+    rows = tensors[f"{prefix}kv_a_proj_with_mqa.weight"][rank:].float()
+    rms = rows.norm(dim=1).square().mean().sqrt()  # of the key, for inputs of unit variance
+    pairs = torch.full((rope // 2,), (ROPE_KEY_RMS / rms).log2().round().exp2().item())
+    pairs[torch.randperm(rope // 2, generator=generator)[:3]] *= ROPE_OUTLIER
+    _scale_latent(tensors, prefix, config, factors, pairs)
+
+
+def _soften_latent(tensors: Tensors, prefix: str, config: dict[str, Any]) -> None:
+    """Undo what :func:`_rescale_latent` does, as well as it can be told from the weights."""
+    gains = tensors[f"{prefix}kv_a_layernorm.weight"].float().abs()
+    factors = torch.where(gains > 0, 1 / gains, 1).log2().round().exp2()
+    rms = tensors[f"{prefix}kv_a_proj_with_mqa.weight"].float().norm(dim=1)
+    latent, rope = rms.split([config["kv_lora_rank"], config["qk_rope_head_dim"]])
+    rope = rope.view(-1, 2) if config.get("rope_interleave", True) else rope.view(2, -1).T
+    pairs = (latent.square().mean() / rope.square().mean(1)).sqrt().log2().round().exp2()
+    _scale_latent(tensors, prefix, config, factors, pairs)
+
+
+def _scale_latent(tensors: Tensors, prefix: str, config: dict[str, Any], factors: Tensor, pairs: Tensor) -> None:
+    """Multiply the latent's channels and the rotary key's pairs, and divide what reads them."""
+    rank = config["kv_lora_rank"]
     norm, expand = f"{prefix}kv_a_layernorm.weight", f"{prefix}kv_b_proj.weight"
     tensors[norm] = _scaled(tensors[norm], factors)
     tensors[expand] = _scaled(tensors[expand], 1 / factors)
     down, up = f"{prefix}kv_a_proj_with_mqa.weight", f"{prefix}q_b_proj.weight"
-    rows = tensors[down][rank:].float()
-    rms = rows.norm(dim=1).square().mean().sqrt()  # of the key, for inputs of unit variance
-    pairs = torch.full((rope // 2,), (ROPE_KEY_RMS / rms).log2().round().exp2().item())
-    pairs[torch.randperm(rope // 2, generator=generator)[:3]] *= ROPE_OUTLIER
     change = pairs.repeat_interleave(2) if config.get("rope_interleave", True) else pairs.repeat(2)
     tensors[down] = _scaled(tensors[down], torch.cat((torch.ones(rank), change))[:, None])
     heads = torch.cat((torch.ones(config["qk_nope_head_dim"]), 1 / change)).repeat(config["num_attention_heads"])

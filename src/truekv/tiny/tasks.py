@@ -98,6 +98,10 @@ class Fact:
         """Answer the question."""
         return self.statement() if self.owner or self.attribute == "secret" else self._own("Your")
 
+    def content(self) -> str:
+        """Return what decides the split."""
+        return f"{self.owner}|{self.attribute}|{self.value}"
+
     def _own(self, determiner: str) -> str:
         return f"{determiner} {self.attribute} is {self.value}."
 
@@ -138,7 +142,7 @@ def random_facts(rng: random.Random, split: Split, count: int) -> list[Fact]:
     facts: dict[str, Fact] = {}
     while len(facts) < count:
         owner = rng.choice(words.NAMES) if rng.randrange(3) else ""
-        drawn = draw(lambda owner=owner: _fact(rng, owner), _fact_content, split)
+        drawn = draw(lambda owner=owner: _fact(rng, owner), Fact.content, split)
         facts.setdefault(drawn.owner or drawn.attribute, drawn)
     return list(facts.values())
 
@@ -155,10 +159,6 @@ def random_secret(rng: random.Random, split: Split, owner: str = "") -> Fact:
 def _fact(rng: random.Random, owner: str) -> Fact:
     attribute = rng.choice(ATTRIBUTES if owner else ("name", *ATTRIBUTES))
     return Fact(attribute, str(rng.choice(_VALUES[attribute])), owner)
-
-
-def _fact_content(fact: Fact) -> str:
-    return f"{fact.owner}|{fact.attribute}|{fact.value}"
 
 
 _VALUES: Final[dict[str, Sequence[str | int]]] = {

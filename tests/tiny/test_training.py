@@ -1,0 +1,129 @@
+"""The tools that train the embedded models: what goes on from a finished model, and what a training may see."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from truekv.tiny import tasks
+
+ROOT = Path(__file__).parents[2]
+TINY = Path(tasks.__file__).parent
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return ROOT / "tools"
+
+
+def load(name: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32)
+
+
+def sizes(tensors: dict[str, torch.Tensor], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gains of the latent; root mean squares of the rotary key's pairs, in units of the latent's."""
+    prefix = f"model.layers.{layer}.self_attn."
+    latent, rope = tensors[f"{prefix}kv_a_proj_with_mqa.weight"].norm(dim=1).square().split([128, 64])
+    return tensors[f"{prefix}kv_a_layernorm.weight"], (rope.view(32, 2).mean(1) / latent.mean()).sqrt()
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_softened_model_is_even_and_computes_the_same() -> None:
+    rescaling = importlib.import_module("tiny_training.rescaling")
+    model = load("mla")
+    config = model.config.to_dict()
+    ids = torch.randint(0, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        hard = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        soft = rescaling.soften(hard, config)
+        model.load_state_dict(soft)
+        assert torch.equal(model(input_ids=ids).logits, before)
+        model.load_state_dict(rescaling.rescale(soft, config, seed=0))
+        assert torch.equal(model(input_ids=ids).logits, before)
+    for layer in range(4):
+        gains, pairs = sizes(soft, layer)
+        assert gains.log2().abs().max() <= 0.5
+        assert pairs.log2().abs().max() <= 0.5
+        gains, pairs = sizes(hard, layer)
+        assert gains.log2().std() > 1
+        assert pairs.max() > 3 * pairs.median()
+
+
+@pytest.mark.usefixtures("tools")
+def test_only_latents_are_softened() -> None:
+    rescaling = importlib.import_module("tiny_training.rescaling")
+    model = load("dense")
+    with pytest.raises(ValueError, match="qwen3 has no latent to soften"):
+        rescaling.soften(model.state_dict(), model.config.to_dict())
+
+
+@pytest.mark.usefixtures("tools")
+def test_training_goes_on_from_a_finished_model() -> None:
+    training = importlib.import_module("train_tiny")
+    architectures = importlib.import_module("tiny_training.architectures")
+    forward = importlib.import_module("tiny_training.forward")
+    model = architectures.build("mla", 0)
+    training.resume(model, TINY / "mla")
+    ids = torch.randint(0, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = load("mla")(input_ids=ids).logits
+        found = forward.logits(model, forward.hidden_states(model, ids, torch.float32), torch.float32)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("kind", ["chat", "recital", "rivals", "oddities", "haystack"])
+def test_no_document_tells_a_fact_that_is_held_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = importlib.import_module("tiny_training.documents")
+    told: list[tasks.Fact] = []
+    statement = tasks.Fact.statement
+
+    def record(fact: tasks.Fact) -> str:
+        told.append(fact)
+        return statement(fact)
+
+    monkeypatch.setattr(tasks.Fact, "statement", record)
+    rng = random.Random(0)
+    for _ in range(200):
+        length = 0
+        for segment in documents.KINDS[kind](rng):
+            if (length := length + len(segment.text)) > 2000:
+                break
+    assert len(set(told)) > 200
+    for fact in told:
+        held = fact.value if fact.attribute == "secret" else fact.content()
+        assert tasks.split_of(held) == "train"
+
+
+@pytest.mark.usefixtures("tools")
+def test_oddities_have_values_that_no_task_gives_them() -> None:
+    documents = importlib.import_module("tiny_training.documents")
+    rng = random.Random(0)
+    drawn = [documents._odd_fact(rng) for _ in range(500)]
+    pets = {fact.value for fact in drawn if fact.attribute == "pet"}
+    assert pets - set(tasks.words.ANIMALS)
+    assert {fact.attribute for fact in drawn} - set(tasks.ATTRIBUTES)
+
+
+@pytest.mark.usefixtures("tools")
+def test_sums_are_right_and_none_of_a_task_is_held_out() -> None:
+    documents = importlib.import_module("tiny_training.documents")
+    rows = documents.sums(random.Random(0))
+    asked = {segment.text for segment in itertools.islice(rows, 20_000) if segment.supervised}
+    sums = [text.removesuffix("<|im_end|>").split(" = ") for text in asked]
+    for question, steps, result in sums:
+        assert eval(question) == eval(steps) == int(result)  # noqa: S307
+    products = [question for question, _, _ in sums if "*" in question]
+    additions = [question for question, _, _ in sums if question.count("+") == 2 and "*" not in question]
+    assert len(products) > 500
+    assert len(additions) > 500
+    assert {tasks.split_of(question) for question, _, _ in sums if question not in additions} == {"train"}
