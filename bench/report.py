@@ -96,18 +96,26 @@ def _kind(one: Measurement) -> str:
 
 
 def _attention(one: Measurement) -> Iterator[str]:
-    yield f"Raw read: {one['raw_read_gbps']:.2f} GB/s. GB/s of stored rows, and the fraction of raw read."
+    yield (
+        f"Raw read: {one['raw_read_gbps']:.2f} GB/s at best. GB/s of stored rows, and the fraction of that; then raw read "
+        "right before and after a row, and the fraction of it: memory that others use is slower for a while."
+    )
     yield _table(
-        ("shape", "format", "context", "batch", "GB/s", "of raw read"),
+        ("shape", "format", "context", "batch", "GB/s", "of raw read", "raw beside", "of it"),
         [
-            (row["shape"], row["format"], f"{row['context']:,}", row["batch"], f"{row['gbps']:.2f}", _percent(row))
-            for row in one["rows"]
+            (
+                row["shape"],
+                row["format"],
+                f"{row['context']:,}",
+                row["batch"],
+                f"{row['gbps']:.2f}",
+                f"{row['fraction_of_raw_read']:.0%}",
+                f"{beside:.2f}",
+                f"{row['gbps'] / beside:.0%}",
+            )
+            for row, beside in zip(one["rows"], one["raw_read_gbps_beside"], strict=True)
         ],
     )
-
-
-def _percent(row: Measurement) -> str:
-    return f"{row['fraction_of_raw_read']:.0%}"
 
 
 def _decode(one: Measurement) -> Iterator[str]:

@@ -41,7 +41,10 @@ def test_the_json_is_what_is_watched(
     for row in printed["rows"]:
         assert set(row) == {"shape", "format", "context", "batch", "gbps", "fraction_of_raw_read"}
         assert row["gbps"] > 0
-    assert json.loads((tmp_path / "attention.json").read_text())["rows"] == printed["rows"]
+    saved = json.loads((tmp_path / "attention.json").read_text())
+    assert saved["rows"] == printed["rows"]
+    assert len(saved["raw_read_gbps_beside"]) == len(printed["rows"])
+    assert 0 < max(saved["raw_read_gbps_beside"]) <= printed["raw_read_gbps"] + 0.001
 
 
 @needs_library
@@ -52,7 +55,7 @@ def test_every_shape_and_format_can_be_measured(shape: attention.Shape) -> None:
 
 
 def test_a_fraction_is_of_raw_read() -> None:
-    object_ = watched([Row("s", "int8", 4096, 1, 5.0)], 20.0)
+    object_ = watched([Row("s", "int8", 4096, 1, 5.0, 19.0)], 20.0)
     assert object_["rows"] == [
         {"shape": "s", "format": "int8", "context": 4096, "batch": 1, "gbps": 5.0, "fraction_of_raw_read": 0.25}
     ]

@@ -13,6 +13,7 @@ ATTENTION = {
     **_ABOUT,
     "raw_read_gbps": 20.0,
     "rows": [{"shape": "s", "format": "int8", "context": 4096, "batch": 1, "gbps": 10.0, "fraction_of_raw_read": 0.5}],
+    "raw_read_gbps_beside": [12.5],
 }
 
 
@@ -33,7 +34,7 @@ DECODE = {
 
 def test_the_page_has_a_table_for_each_thing_measured() -> None:
     page = render([ATTENTION, DECODE])
-    assert "| s | int8 | 4,096 | 1 | 10.00 | 50% |" in page
+    assert "| s | int8 | 4,096 | 1 | 10.00 | 50% | 12.50 | 80% |" in page
     assert "| dense | 4,096 | 1 | 1 | int8 | q8_0 | 8.00 | 10.00 | 0.80x |" in page
     assert "| dense | 4,096 | 1 |  | int8 | q8_0 | 1,024 | 2,048 | 0.50x |" in page
     assert "processor: one; peer: 2" in page
