@@ -97,8 +97,8 @@ def _kind(one: Measurement) -> str:
 
 def _attention(one: Measurement) -> Iterator[str]:
     yield (
-        f"Raw read: {one['raw_read_gbps']:.2f} GB/s at best. GB/s of stored rows, and the fraction of that; then raw read "
-        "right before and after a row, and the fraction of it: memory that others use is slower for a while."
+        f"Raw read: {one['raw_read_gbps']:.2f} GB/s at best. GB/s of stored rows, and the fraction of that; then "
+        "raw read right before and after a row, and the fraction of it: memory that others use is slower for a while."
     )
     yield _table(
         ("shape", "format", "context", "batch", "GB/s", "of raw read", "raw beside", "of it"),
