@@ -9,8 +9,9 @@
 // done with the last one of a tile folds them; many rows (a prefill chunk) go tile by tile, and each block of keys is
 // decoded once for all rows of a tile.
 //
-// Bytes move once, from memory through a decoder into registers: scales of rows are multiplied into scores and
-// weights, not into numbers, and the lines that a row needs are fetched AHEAD blocks before it is their turn.
+// Bytes move once, from memory through a decoder into registers: scales of rows are multiplied into scores and weights,
+// not into numbers. All heads of a page are read before the next page, so that memory is read from end to end, and lines
+// are fetched AHEAD pieces before it is their turn (docs/kernels.md).
 #ifdef _OPENMP
 #include <omp.h>
 #else
