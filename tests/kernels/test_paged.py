@@ -129,7 +129,9 @@ def test_every_format_reads_back_what_it_stored(name: str, dim: int) -> None:
 @pytest.mark.parametrize("name", sorted(codecs()))
 def test_latent_attention_in_every_format(name: str) -> None:
     layer = mla(latent=128, rope=64)
-    assert compare(layer, formats_of((layer,), name)[0], 5, (40, 1, 30)) < bound(name if codecs()[name].code_bits >= 8 else "int8")
+    assert compare(layer, formats_of((layer,), name)[0], 5, (40, 1, 30)) < bound(
+        name if codecs()[name].code_bits >= 8 else "int8"
+    )
 
 
 @pytest.mark.parametrize("dim", [16, 80, 192, 256, 512])
