@@ -25,7 +25,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.lazy import torch
-from truekv.formats.planes import HALF_MAX, HALF_STEP, as_bytes, as_numbers, finite, fold, multiple, row_sum, unfold
+from truekv.formats.planes import (
+    HALF_MAX,
+    HALF_STEP,
+    as_bytes,
+    as_numbers,
+    finite,
+    fold,
+    multiple,
+    root,
+    row_sum,
+    unfold,
+)
 
 if TYPE_CHECKING:
     from truekv.core.protocols import CacheFormat
@@ -88,11 +99,11 @@ class LloydMax:
         amax = rows.abs().amax(-1, keepdim=True)
         # Dividing by the largest number first keeps squares of very large and very small rows finite.
         unit = rows / torch.where(amax > 0, amax, 1.0)
-        norm = row_sum(unit.square()).sqrt()
+        norm = root(row_sum(unit.square()))
         gain = math.sqrt(rows.shape[-1]) / self.codebook.step
         codes = self._nearest(unit * (gain / norm.clamp(min=1.0)))
         # Squares of integers sum exactly in float32.
-        levels = self._levels(codes).square().sum(-1, keepdim=True).sqrt()
+        levels = root(self._levels(codes).square().sum(-1, keepdim=True))
         scale = (amax * (norm / levels)).clamp(max=HALF_MAX).half()
         return torch.cat((self._pack(codes), as_bytes(scale)), -1)
 

@@ -103,6 +103,17 @@ def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_ot
         assert fields[1].format.decode(stored, 64).isnan().all()
 
 
+@pytest.mark.parametrize("seed", [655, 1539, 2127])
+def test_scales_halfway_between_two_codes_are_rounded_alike(seed: int) -> None:
+    """torch's square roots in float32 are off by a unit at times: these rows got another scale of the reference."""
+    fields = place("kv4", 64, 2, 20)
+    rows = torch.randn(20, 2, 64, generator=torch.Generator().manual_seed(seed))
+    step = make_step([20], [20], torch.tensor([[1]]))
+    native.store(fields[0], rows, step)
+    reference.store(fields[1], rows, step)
+    assert torch.equal(fields[0].data, fields[1].data)
+
+
 def test_a_token_of_no_line_is_stored_nowhere() -> None:
     _, field = place("int8", 64, 2, 40)
     before = field.data.clone()
