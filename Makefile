@@ -104,7 +104,8 @@ amx: $(VENV)/.test $(CMAKE)
 	$(CMAKE) -S native -B build/$@ -DTILES=emulated
 	$(BUILD)
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tools/other_library.py build/$@ -q -k amx tests/kernels/native
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tools/other_library.py build/$@ -q tests/models/test_exact.py
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python tools/other_library.py build/$@ -q \
+	  tests/models/test_exact.py tests/serve/test_doctor.py
 
 # The kernels for 64-bit Arm, cross-compiled and compared with double arithmetic under an emulator: with the packages
 # g++-aarch64-linux-gnu and qemu-user where both are installed, else with a compiler and an emulator from PyPI.

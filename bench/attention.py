@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from bench.fill import fill
-from bench.machine import FOLDER, RawRead, describe
+from bench.machine import FOLDER, RawRead, describe, native
 from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
@@ -151,14 +151,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer contexts and repetitions: under 5 minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--backend", default="native", help="folder of truekv/kernels")
+    parser.add_argument("--instruction-set", help="force its native kernels, instead of those that are chosen")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
     torch.set_num_threads(asked.threads)
     rows: list[Row] = []
     try:
-        raw = RawRead()
-        with Bar("measuring"):
+        library, raw = native(), RawRead()
+        with library.using(asked.instruction_set or library.isa), Bar("measuring"):
+            machine = describe(asked.threads)
+            if not asked.json:
+                print("; ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
             for row in measure(QUICK if asked.quick else Size(), SHAPES, asked.backend, raw, asked.threads):
                 rows.append(row)
                 if not asked.json:
@@ -173,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = watched(rows, raw.best[asked.threads])
     command = " ".join(["python -m bench.attention", *(arguments if arguments is not None else sys.argv[1:])])
     beside = [row.raw_gbps for row in rows]
-    saved = {"machine": describe(asked.threads), "versions": {"kernels": asked.backend}, "command": command, **result}
+    saved = {"machine": machine, "versions": {"kernels": asked.backend}, "command": command, **result}
     saved["raw_read_gbps_beside"] = beside
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "attention.json").write_text(json.dumps(saved, indent=1))

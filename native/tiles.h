@@ -3,10 +3,16 @@
 //   sums [rows][16] += left [rows][groups of four bytes] x right [groups of four bytes][16][four bytes]
 //
 // Few machines have them. Built with -DTILES=emulated (`make amx`) they are arrays, so that what is computed with them
-// can be tested on any machine with AVX-512.
+// can be tested on any machine with AVX-512; and they can be broken, so that the trial of the real ones can be tested.
 #pragma once
 
 #include "simd.h"
+
+#if defined(TILES) && TILES == 2
+#include <unistd.h>
+
+extern "C" int truekv_broken_tiles;
+#endif
 
 namespace ISA {
 namespace {
@@ -36,7 +42,12 @@ struct Emulated {
 };
 inline thread_local Emulated emulated;
 
+enum Broken { NOTHING, PAIRS, SIGNED, UNSIGNED, THREADS, LINES, CLEARED };
+INLINE bool broken(Broken what) { return truekv_broken_tiles == what; }
+
+// Broken, it does nothing but in the first thread of the process.
 INLINE void use(const Palette& palette) {
+  if (broken(THREADS) && gettid() != getpid()) return;
   emulated.palette = palette;
   memset(emulated.bytes, 0, sizeof emulated.bytes);
 }
@@ -44,12 +55,16 @@ INLINE void use(const Palette& palette) {
 INLINE void release() { emulated.palette = Palette(); }
 
 template <int TO>
-INLINE void clear() { memset(emulated.bytes[TO], 0, sizeof emulated.bytes[TO]); }
+INLINE void clear() {
+  if (!broken(CLEARED)) memset(emulated.bytes[TO], 0, sizeof emulated.bytes[TO]);
+}
 
+// Broken, it forgets the last of sixteen lines.
 template <int TO>
 INLINE void load_tile(const void* from, int64_t stride) {
-  clear<TO>();
-  for (int64_t i = 0; i < emulated.palette.lines[TO]; i++)
+  memset(emulated.bytes[TO], 0, sizeof emulated.bytes[TO]);
+  const int64_t lines = emulated.palette.lines[TO] - (broken(LINES) && emulated.palette.lines[TO] == TILE_LINES);
+  for (int64_t i = 0; i < lines; i++)
     memcpy(emulated.bytes[TO][i], (const uint8_t*)from + i * stride, emulated.palette.bytes[TO]);
 }
 
@@ -73,7 +88,8 @@ INLINE void each_sum(int sums, int left, int right, Add add) {
     }
 }
 
-// As TDPBF16PS does it: even and odd products are summed apart, and both sums are added to what was there.
+// As TDPBF16PS does it: even and odd products are summed apart, and both sums are added to what was there. Broken, the
+// numbers of a pair meet crosswise.
 template <int SUMS, int LEFT, int RIGHT>
 void dot_bf16() {
   each_sum<float>(SUMS, LEFT, RIGHT, [](float sum, int groups, auto x, auto w) {
@@ -82,7 +98,7 @@ void dot_bf16() {
       for (int odd = 0; odd < 2; odd++) {
         uint16_t a, b;
         memcpy(&a, x(k) + 2 * odd, 2);
-        memcpy(&b, w(k) + 2 * odd, 2);
+        memcpy(&b, w(k) + 2 * (odd ^ broken(PAIRS)), 2);
         part[odd] = __builtin_fmaf(bf16_to_float(a), bf16_to_float(b), part[odd]);
       }
     return sum + (part[0] + part[1]);
@@ -98,8 +114,15 @@ void dot_bytes() {
   });
 }
 
-template <int SUMS, int LEFT, int RIGHT> void dot_signed() { dot_bytes<SUMS, LEFT, RIGHT, int8_t>(); }
-template <int SUMS, int LEFT, int RIGHT> void dot_unsigned() { dot_bytes<SUMS, LEFT, RIGHT, uint8_t>(); }
+// Broken, they take the bytes on the left for the other kind.
+template <int SUMS, int LEFT, int RIGHT>
+void dot_signed() {
+  broken(SIGNED) ? dot_bytes<SUMS, LEFT, RIGHT, uint8_t>() : dot_bytes<SUMS, LEFT, RIGHT, int8_t>();
+}
+template <int SUMS, int LEFT, int RIGHT>
+void dot_unsigned() {
+  broken(UNSIGNED) ? dot_bytes<SUMS, LEFT, RIGHT, int8_t>() : dot_bytes<SUMS, LEFT, RIGHT, uint8_t>();
+}
 
 #else
 

@@ -8,7 +8,7 @@ import torch
 from bench import attention
 from bench.attention import SHAPES, Row, Size, measure, watched
 from bench.fill import SAMPLE, fill
-from bench.machine import RawRead, describe
+from bench.machine import RawRead, describe, native
 
 from truekv.core.batch import Chunk
 from truekv.core.spec import ModelSpec
@@ -45,6 +45,25 @@ def test_the_json_is_what_is_watched(
     assert saved["rows"] == printed["rows"]
     assert len(saved["raw_read_gbps_beside"]) == len(printed["rows"])
     assert 0 < max(saved["raw_read_gbps_beside"]) <= printed["raw_read_gbps"] + 0.001
+
+
+@needs_library
+@pytest.mark.parametrize("forced", ["", "baseline"])
+def test_the_header_names_the_instruction_set_in_use(
+    forced: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(attention, "QUICK", TOY)
+    monkeypatch.setattr(attention, "SHAPES", ())
+    monkeypatch.setattr(attention, "FOLDER", tmp_path)
+    raw = RawRead(1 << 20)
+    raw.measure(1)
+    monkeypatch.setattr(attention, "RawRead", lambda: raw)
+    assert attention.main(["--quick", "--threads", "1", *(["--instruction-set", forced] if forced else [])]) == 0
+    used = forced or native().isa
+    assert f"; instruction set: {used}; " in capsys.readouterr().out.splitlines()[0]
+    assert json.loads((tmp_path / "attention.json").read_text())["machine"]["instruction set"] == used
+    assert attention.main(["--quick", "--instruction-set", "avx3"]) == 2
+    assert "unknown instruction set 'avx3'" in capsys.readouterr().err
 
 
 @needs_library

@@ -131,7 +131,7 @@ def test_native_attention_reads_back_what_every_format_stored(name: str) -> None
     """1e-4 of the largest number, some 2 here, where queries and weights are integers of 16 bits (integers.h)."""
     kernels = library()
     assert kernels is not None
-    integers = type(codecs()[name]).__module__.endswith((".int8", ".lm")) and kernels.isa.startswith("avx512")
+    integers = type(codecs()[name]).__module__.endswith((".int8", ".lm")) and kernels.isa.startswith(("avx512", "amx"))
     layer = gqa(2, 96)
     assert compare(layer, formats_of((layer,), name)[0], 2, (40, 1, 30), backend="native") < (
         2e-4 if integers else 5e-6

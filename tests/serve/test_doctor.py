@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,9 @@ def test_the_report_names_the_library_that_is_loaded(truekv: Call) -> None:
     assert report == {
         "path": str(found.path),
         "instruction_sets": list(found.isas),
-        "chosen": [isa for isa in found.isas if isa != "amx"][-1],
+        "chosen": found.isas[-1],
         "problem": None,
+        "refused": None,
     }
     printed = truekv("doctor").out
     assert str(found.path) in printed
@@ -42,6 +44,21 @@ def test_another_instruction_set_is_reported_while_it_is_used() -> None:
         pytest.skip("the native library is not built")
     with found.using("baseline"):
         assert examine(None, EngineOptions()).library.chosen == "baseline"
+
+
+def test_an_instruction_set_that_failed_its_trial_is_named(truekv: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = native.library()
+    if found is None or not hasattr(found._library, "truekv_broken_tiles"):
+        pytest.skip("no emulated tiles, which alone can be broken (make amx)")
+    broken = ctypes.c_int.in_dll(found._library, "truekv_broken_tiles")
+    monkeypatch.setattr(native, "library", lambda: native.Library(found.path))
+    monkeypatch.setattr(broken, "value", 2)
+    reason = "on this machine amx and avx512_bf16 disagree in attention over int8 keys and kv4 values"
+    printed = truekv("doctor").out
+    assert "[avx512_bf16], amx\n" in printed
+    assert f"not amx, because {reason}\n" in printed
+    report = json.loads(truekv("doctor", "--json").out)["library"]
+    assert (report["chosen"], report["refused"]) == ("avx512_bf16", reason)
 
 
 def test_a_models_kernels_are_those_of_its_engine(truekv: Call) -> None:

@@ -37,6 +37,9 @@ class LibraryReport:
     """Of the library's, those that this machine can run, the slowest first."""
     chosen: str | None
     problem: str | None
+    """Why there is no library."""
+    refused: str | None
+    """Why the last of the instruction sets was tried and not chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ def _library() -> LibraryReport:
     try:
         found = native.library()
     except OSError as error:
-        return LibraryReport(None, (), None, f"it cannot be loaded: {error}")
+        return LibraryReport(None, (), None, f"it cannot be loaded: {error}", None)
     if found is None:
         return LibraryReport(
             None,
@@ -95,8 +98,9 @@ def _library() -> LibraryReport:
             None,
             f"{native.NAME} is not beside truekv.kernels.native: there was no C++ compiler when truekv was installed; "
             "install one and install truekv again",
+            None,
         )
-    return LibraryReport(str(found.path), found.isas, found.isa, None)
+    return LibraryReport(str(found.path), found.isas, found.isa, None, found.problem)
 
 
 def _row(described: str, backend: str, chosen: str | None) -> KernelRow:
@@ -124,6 +128,8 @@ def _show(report: Report) -> None:
             f"runs     {', '.join(f'[{i}]' if i == library.chosen else i for i in library.instruction_sets)}",
             markup=False,
         )
+        if library.refused is not None:
+            console.print(f"         not {library.instruction_sets[-1]}, because {library.refused}", soft_wrap=True)
     if not report.kernels:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -59,12 +59,6 @@ def test_an_unknown_instruction_set_is_refused(native: Library) -> None:
         pass
 
 
-def test_amx_is_not_chosen_by_itself(native: Library) -> None:
-    chosen = Library(native.path)
-    assert chosen.isa != "amx"
-    assert [isa for isa in chosen.isas if isa != "amx"][-1] == chosen.isa
-
-
 def test_the_instruction_set_is_put_back(native: Library) -> None:
     before = native.isa
     with native.using("baseline"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,7 @@ NativeCall = tuple[Any, ctypes.Structure]
 
 
 class Library:
-    """The loaded library. `isa` is the instruction set whose kernels `call` runs, or those of the best one below it."""
+    """The loaded library and the instruction set that it runs: the machine's best one, unless another is forced."""
 
     def __init__(self, path: Path) -> None:
         """Load it; torch comes first, so that both share one OpenMP runtime and its threads."""
@@ -37,31 +38,61 @@ class Library:
         self.replay.restype = None
         self.isas: tuple[str, ...] = tuple(machine().decode().split())
         """What this machine can run, the slowest first."""
-        # Never run on such a processor so far, only emulated (make amx): tests force it where there is one, users wait.
-        self.isa = next(isa for isa in reversed(self.isas) if isa != "amx")
+        self._isa: str | None = None
+        self.problem: str | None = None
+        """Why AMX is not chosen on a machine that has it; known as soon as `isa` is."""
         self.recorder: Callable[[NativeCall], None] | None = None
         """Told of every call that was made, so that a captured step can make it again on the same buffers."""
-        self._functions: dict[tuple[str, str], Any] = {}
+        self._functions: dict[tuple[str, str | None], Any] = {}
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels `call` runs, or those of the best one below it; set to force another.
+
+        It is chosen when it is first asked for, after AMX has been tried on a machine that has it.
+        """
+        if self._isa is None:
+            self._isa = self._best()
+        return self._isa
+
+    @isa.setter
+    def isa(self, isa: str) -> None:
+        self._isa = isa
 
     def call(self, op: str, arguments: ctypes.Structure) -> None:
         """Run an operation with its arguments; the caller keeps the tensors alive that they point to."""
-        function = self._functions.get((op, self.isa))
+        function = self._functions.get((op, self._isa))
         if function is None:
-            function = self._bind(op, type(arguments))
+            function = self.function(op, self.isa, type(arguments))
         pointer = ctypes.byref(arguments)
         function(pointer)
         if self.recorder is not None:
             self.recorder((function, arguments))
 
+    def function(self, op: str, isa: str, arguments: type[ctypes.Structure]) -> Any:  # noqa: ANN401 (ctypes has no public name for it)
+        """Return an operation's kernel for an instruction set; Refused if it takes other arguments than these."""
+        runnable = self.isas[: self.isas.index(isa) + 1]
+        variant = next(isa for isa in reversed(runnable) if hasattr(self._library, f"truekv_{op}_{isa}"))
+        size = getattr(self._library, f"truekv_{op}_size_{variant}")()
+        if size != ctypes.sizeof(arguments):
+            raise Refused(
+                f"the native library takes {size} bytes of arguments for {op}, this truekv gives "
+                f"{ctypes.sizeof(arguments)}: it belongs to another version; install the package again"
+            )
+        function = getattr(self._library, f"truekv_{op}_{variant}")
+        function.restype = None
+        self._functions[op, isa] = function
+        return function
+
     @contextmanager
     def using(self, isa: str) -> Generator[None]:
         """Run another instruction set's kernels inside the block."""
-        before = self.isa
-        self.isa = choose("instruction set", isa, dict(zip(self.isas, self.isas, strict=True)))
+        before = self._isa
+        self._isa = choose("instruction set", isa, dict(zip(self.isas, self.isas, strict=True)))
         try:
             yield
         finally:
-            self.isa = before
+            self._isa = before
 
     @contextmanager
     def recorded(self, recorder: Callable[[NativeCall], None]) -> Generator[None]:
@@ -72,19 +103,19 @@ class Library:
         finally:
             self.recorder = None
 
-    def _bind(self, op: str, arguments: type[ctypes.Structure]) -> Any:  # noqa: ANN401 (ctypes has no public name for it)
-        runnable = self.isas[: self.isas.index(self.isa) + 1]
-        variant = next(isa for isa in reversed(runnable) if hasattr(self._library, f"truekv_{op}_{isa}"))
-        size = getattr(self._library, f"truekv_{op}_size_{variant}")()
-        if size != ctypes.sizeof(arguments):
-            raise Refused(
-                f"the native library takes {size} bytes of arguments for {op}, this truekv gives "
-                f"{ctypes.sizeof(arguments)}: it belongs to another version; install the package again"
-            )
-        function = getattr(self._library, f"truekv_{op}_{variant}")
-        function.restype = None
-        self._functions[op, self.isa] = function
-        return function
+    def _best(self) -> str:
+        *_, below, best = ("", *self.isas)
+        if best != "amx":
+            return best
+        from truekv.kernels.native.trial import problem
+
+        self.problem = problem(self, best, below)
+        if self.problem is None:
+            return best
+        logging.getLogger("truekv").warning(
+            "the kernels for %s run, which takes longer, because %s", below, self.problem
+        )
+        return below
 
 
 class Calls:

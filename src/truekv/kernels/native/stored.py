@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from truekv.core.protocols import CacheFormat, Stored
     from truekv.core.spec import Paged
 
-# The order of `Code` in native/formats.h.
-_CODES: Final = (
+CODES: Final = (
     "f32",
     "bf16",
     "fp8_e4m3",
@@ -30,6 +29,7 @@ _CODES: Final = (
     "q4_0",
     "iq4_nl",
 )
+"""In the order of `Code` in native/formats.h."""
 _SAME_CODE: Final = {"turboquant_4bit": "kv4", "turboquant_3bit": "kv3"}
 LONGEST: Final = 1024
 """Numbers of a row: LONGEST of native/stored.h."""
@@ -58,7 +58,7 @@ class StoredField(ctypes.Structure):
 def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
     """Return why the rows of a layer have no native kernel, or None."""
     for item, chosen in zip(layer.fields, formats, strict=True):
-        if _name(chosen) not in _CODES:
+        if _name(chosen) not in CODES:
             return f"the native kernels do not know the format '{chosen.name}'; use the reference backend"
         if item.dim % 16 or item.dim > LONGEST:
             return (
@@ -93,7 +93,7 @@ def _structure(stored: Stored) -> StoredField:
         signs=_pointer(signs),
         paley=_pointer(paley),
         order=1 if paley is None else len(paley),
-        code=_CODES.index(_name(stored.format)),
+        code=CODES.index(_name(stored.format)),
         dim=field.dim,
         heads=field.heads,
         page_tokens=stored.page_tokens,
