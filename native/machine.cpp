@@ -31,7 +31,7 @@ bool amx() {
 }  // namespace
 
 #ifdef EMULATED_TILES
-// What the emulated tiles get wrong (BROKEN of tiles.h), so that tests see whether the trial of AMX notices.
+// What the emulated tiles get wrong (`Broken` of tiles.h), so that tests see whether the trial of AMX notices.
 extern "C" __attribute__((visibility("default"))) int truekv_broken_tiles;
 int truekv_broken_tiles = 0;
 #endif
