@@ -61,9 +61,13 @@ def test_it_is_tried_where_there_is_amx_and_not_before_a_kernel_is_asked_for() -
 @pytest.mark.skipif("amx" not in ISAS, reason="no tiles, neither AMX nor emulated ones (make amx)")
 def test_amx_passes_and_is_chosen(caplog: pytest.LogCaptureFixture) -> None:
     found = fresh()
+    made: list[object] = []
+    with found.recorded(made.append):
+        found.call("finite", Finite(number=0))
     assert found.isa == "amx"
     assert found.problem is None
     assert caplog.records == []
+    assert len(made) == 1  # a captured step does not repeat the trial
 
 
 @emulated
