@@ -13,7 +13,7 @@ from truekv.core.lazy import torch
 from truekv.kernels.cuda.compiler import compiled
 from truekv.kernels.cuda.driver import Function
 from truekv.kernels.triton.codebook import LEVELS
-from truekv.kernels.triton.tiles import SPAN, arch
+from truekv.kernels.triton.tiles import SPAN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -65,7 +65,7 @@ def load(kind: Kind, device: torch.device) -> Launchable:
 
 def runs_on(device: torch.device) -> bool:
     """Return whether a device is of the one kind that the kernel is written for."""
-    return torch.cuda.is_available() and arch(device) == 90
+    return torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

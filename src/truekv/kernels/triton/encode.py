@@ -18,7 +18,7 @@ from truekv.kernels.triton.codes import dims
 HALF_MAX = tl.constexpr(65504.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def store_kernel(
     data,
     rows,  # [T, K, D] with these strides

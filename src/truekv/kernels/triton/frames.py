@@ -14,7 +14,7 @@ from truekv.kernels.triton.attention import LOWEST
 from truekv.kernels.triton.codes import dims
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def query_kernel(
     query,  # [T, H, D] with these strides
     scale,  # float32 [K, D], or None
@@ -89,7 +89,7 @@ def _scaled(query, scale, start_R, kv_R, asked_R, dim_D, holds_D, ROW: tl.conste
     return x_RD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "window", "span_keys"])
 def merge_kernel(
     average,  # float32 [spans, T, H, C]
     largest,  # float32 [spans, T, H]
@@ -112,6 +112,7 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,  # spans under way at once
 ):
     """Merge the spans of each query row in their order, and take the average out of its frame; grid: (tiles of rows,).
 
@@ -131,7 +132,8 @@ def merge_kernel(
     largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
     total_R = tl.zeros([BLOCK_R], tl.float32)
     spans = tl.max(tl.where(asked_R, position_R // span_keys + 1, 0), 0)
-    for span in range(0, spans):
+    # Each span waits for the last one's sums, but not for its bytes: with few rows there is little else to wait behind.
+    for span in tl.range(0, spans, num_stages=STAGES):
         read_R = asked_R & (span * span_keys <= position_R)
         if WINDOWED:
             read_R &= (span + 1) * span_keys > position_R - window + 1

@@ -84,7 +84,7 @@ def _fold(s, q, k, v, beta, decay, scale):
     return s, tl.sum(s * q[:, None], 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "longest", "places"])
 def carry(
     states,
     mixed,

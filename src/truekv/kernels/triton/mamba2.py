@@ -70,7 +70,7 @@ def _read(mixed, gates, at, channels, heads, groups, head, dim, state, P: tl.con
     return x, b, c, tl.load(gates + at * heads + head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "longest"])
 def carry(
     states,
     mixed,

@@ -92,7 +92,8 @@ def attend(
         into_frame(query, item, row, scale, torch_operand(row))
         for query, item, row in zip(queries, scored, layouts_of, strict=True)
     ]
-    options = attend_options((*layouts_of, row_v), group * longest, arch(device))
+    capability = arch()
+    options = attend_options((*layouts_of, row_v), group * longest, capability)
     tiles = triton.cdiv(group * longest, options.queries)
     span = span_keys(tiles)
     spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, span)
@@ -134,7 +135,7 @@ def attend(
         OPERAND2=None if second is None else operand(layouts_of[1]),
         OPERAND_V=operand(row_v),
         WINDOWED=window is not None,
-        ARCH=arch(device),
+        ARCH=capability,
         BLOCK_M=options.queries,
         BLOCK_N=options.keys,
         ACROSS=options.across,
@@ -213,7 +214,8 @@ def merge(
             BLOCK_R=16,
             BLOCK_D=_part(16, triton.next_power_of_2(row.dim)),
             WIDTH=_part(128, row.columns),
-            num_warps=8 if row.columns > 256 else 4,
+            STAGES=4 if row.columns <= 256 else 3,
+            num_warps=8,
         )
     return out.to(dtype)
 

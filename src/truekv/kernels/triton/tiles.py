@@ -89,9 +89,9 @@ def torch_operand(row: Row) -> torch.dtype:
     return {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}[operand(row)]
 
 
-def arch(device: torch.device) -> int:
-    """Return the compute capability of an NVIDIA GPU as two digits, 0 for anything else."""
-    if INTERPRETED or device.type != "cuda" or torch.version.hip:
+def arch() -> int:
+    """Return the compute capability that Triton compiles for as two digits, 0 for anything but an NVIDIA GPU."""
+    if INTERPRETED:
         return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0

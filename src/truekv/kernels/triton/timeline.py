@@ -165,7 +165,7 @@ def _lay_gate(
         tl.store(log + ((place - kept) * heads + head), new, mask=head < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "longest", "places"])
 def prepare(
     inputs,
     stride,

@@ -1,0 +1,53 @@
+"""Steps of many sizes on a GPU that is not there: prints how often each kernel was compiled, as JSON.
+
+A process of its own, in which kernels are compiled and not interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from kernels.native.cache import PAGE, make_step
+from kernels.triton.absent import absent
+from kernels.triton.launches import attend, fields, recur
+from memory.toys import gdn, gqa
+
+from truekv.kernels.triton import paged
+from truekv.kernels.triton.ops import OPS
+
+
+def step(rows: int, width: int, new: int = 1) -> None:
+    """Store and attend to new tokens of so many rows, whose table has so many pages."""
+    pages = torch.arange(rows * width).view(rows, width)
+    described = make_step([width * PAGE - 5] * rows, [new] * rows, pages)
+    for window in (None, 7, 16 * width):
+        attend(stored, 2, described, window)
+    paged.store(stored[0], torch.zeros(rows * new, 2, 64).bfloat16(), described)
+    recur(gdn(2, 4, 64, 64), new, 0, batch=rows)()
+
+
+def operations(tokens: int) -> None:
+    """Work on the rows of so many tokens."""
+    x, gain = torch.zeros(tokens, 4, 96).bfloat16(), torch.zeros(96)
+    OPS.rms_norm(x, gain, 1e-6)
+    OPS.add_norm(x[:, 0], x[:, 1], gain, 1e-6)
+    OPS.rotate(x, torch.zeros(tokens, 32), torch.zeros(tokens, 32), interleaved=False)
+    OPS.gate(x, x)
+    OPS.activate(x.flatten(1), "swiglu")
+    OPS.largest(x.flatten(1))
+
+
+stored = fields(gqa(2, 64), "int8", "int8")
+with absent(90) as device:
+    for rows, width in ((1, 1), (1, 40), (2, 3), (3, 16), (16, 7), (17, 32), (32, 1)):
+        step(rows, width)
+        operations(rows)
+    sys.stdout.write(json.dumps(Counter(kernel.name for kernel in device.compiled)))

@@ -1,0 +1,217 @@
+"""What the gate compiles: launches as a model makes them, of every kernel, for representative codes and sizes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from kernels import scans
+from kernels.native.cache import PAGE, make_step
+from memory.toys import gdn, gqa, mamba2, mla
+
+from truekv.core.folder import members
+from truekv.core.ops import Expert
+from truekv.core.protocols import Stored
+from truekv.formats.choice import codecs
+from truekv.formats.frame import Frame, frame_for
+from truekv.kernels.triton import experts, paged, rows, timeline
+from truekv.kernels.triton.layout import layout
+from truekv.kernels.triton.ops import OPS
+from truekv.kernels.triton.tiles import arch, attend_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from truekv.core.batch import Step
+    from truekv.core.spec import Paged, Recurrent
+
+HEADS, GROUP, ROWS = 8, 8, 3
+WIDTH: Final = 20
+"""Pages of a row's table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One use of a kernel."""
+
+    name: str
+    """Unique; the row of the committed table: "attend[int8/int8] D=128 G=8 M=8"."""
+    kernel: str
+    """The function that it is about, among all that are launched."""
+    run: Callable[[], object]
+    """Launch."""
+    numbers: Callable[[], int] = lambda: 0
+    """How many numbers of the cache or the state one program takes in one turn of its inner loop; 0 without one."""
+
+
+def _step(new: int) -> Step:
+    """Every row has so many new tokens."""
+    return make_step([WIDTH * PAGE - 5] * ROWS, [new] * ROWS, torch.arange(ROWS * WIDTH).view(ROWS, WIDTH))
+
+
+def fields(layer: Paged, *names: str) -> tuple[Stored, ...]:
+    """One page, which is enough: nothing is read."""
+    chosen = [codecs()[name] for name in names]
+    size = PAGE * sum(item.heads * sum(code.planes(item.dim)) for item, code in zip(layer.fields, chosen, strict=True))
+    data, found, start = torch.zeros(1, size, dtype=torch.uint8), list[Stored](), 0
+    for item, code in zip(layer.fields, chosen, strict=True):
+        measured = Frame(torch.zeros(item.heads, item.dim), torch.ones(item.heads, item.dim))
+        found.append(Stored(item, code, frame_for(code, measured), data, start, PAGE))
+        start += item.heads * found[-1].head_bytes
+    return tuple(found)
+
+
+def attend(memory: tuple[Stored, ...], group: int, step: Step, window: int | None = None) -> object:
+    """Attend with the new tokens of a step and groups of so many query heads."""
+    shape = (len(step.owner), memory[0].field.heads * group)
+    queries = (torch.zeros(*shape, item.field.dim).bfloat16() for item in memory if item.field.role != "value")
+    return paged.attend(tuple(queries), memory, 0.1, window, step)
+
+
+def attention(
+    layer: Paged, codes: tuple[str, str], queries: int, group: int = GROUP, *, kernel: str = "attend"
+) -> Launch:
+    """So many query rows of one kv head: a group's heads, times new tokens."""
+    memory = fields(layer, *codes)
+    laid = [layout(item) for item in memory]
+    names = "/".join(codes) if kernel == "attend" else codes[0] if kernel == "query" else codes[-1]
+    size = sum(item.field.dim for item in memory)
+    return Launch(
+        f"{kernel}[{names}] D={laid[0].dim}" + (f" G={group} M={queries}" if kernel == "attend" else ""),
+        f"{kernel}_kernel",
+        lambda: attend(memory, group, _step(queries // group)),
+        (lambda: attend_options(laid, queries, arch()).keys * size) if kernel == "attend" else lambda: 0,
+    )
+
+
+def store(code: str, dim: int = 128) -> Launch:
+    """New rows of one field."""
+    layer = gqa(HEADS, dim)
+    stored, tokens = fields(layer, code, code)[0], torch.zeros(ROWS, HEADS, dim).bfloat16()
+    return Launch(f"store[{code}] D={dim}", "store_kernel", lambda: paged.store(stored, tokens, _step(1)))
+
+
+_GQA: Final = (
+    ("bf16", "bf16"),
+    ("fp8_e4m3", "fp8_e4m3"),
+    ("fp8_e5m2", "fp8_e5m2"),
+    ("turboquant_fp8", "kv4"),
+    ("int8", "int8"),
+    ("int8", "kv4"),
+    ("kv4", "kv4"),
+    ("kv3", "kv3"),
+    ("q8_0", "q8_0"),
+    ("q5_1", "q5_1"),
+    ("q4_0", "q4_0"),
+    ("iq4_nl", "iq4_nl"),
+)
+_CODES: Final = ("bf16", "fp8_e4m3", "int8", "kv4", "kv3")
+_MLA: Final = (("bf16", "bf16"), ("fp8_e4m3", "bf16"), ("int8", "int8"), ("kv4", "int8"))
+
+
+def _attended() -> Iterator[Launch]:
+    """Attention over rows in pages."""
+    for codes in _GQA:
+        yield attention(gqa(HEADS, 128), codes, 8)
+    for dim in (256, 64):
+        for code in _CODES:
+            yield attention(gqa(HEADS, dim), (code, code), 8)
+    for code, dim in (("int8", 80), ("kv3", 80), ("f32", 64)):
+        yield attention(gqa(HEADS, dim), (code, code), 8)
+    for code, dim, queries in itertools.product(_CODES, (128, 256), (16, 32, 64)):
+        yield attention(gqa(HEADS, dim), (code, code), queries)
+    yield attention(gqa(HEADS, 128), ("q8_0", "q4_0"), 64)
+    for codes, queries in itertools.product(_MLA, (16, 64)):
+        yield attention(mla(512, 64), codes, queries, 16)
+
+
+def _around() -> Iterator[Launch]:
+    """What comes before and after it."""
+    for code in (*_CODES, "fp8_e5m2", "turboquant_fp8", "q5_1", "iq4_nl"):
+        yield store(code)
+    for kernel in ("query", "merge"):
+        for code in ("bf16", "int8", "kv4"):
+            yield attention(gqa(HEADS, 128), (code, code), 8, kernel=kernel)
+        yield attention(mla(512, 64), ("int8", "int8"), 16, 16, kernel=kernel)
+
+
+def recur(layer: Recurrent, new: int, drafts: int, batch: int = ROWS) -> Callable[[], object]:
+    """Return a launch in which each row has so many new tokens, all but the first drafts if so many can be logged."""
+    kernel = members("truekv.kernels.triton", "SCAN")[layer.rule]
+    per_head = [item.name for item in layer.log[1:]]
+    (heads, *_), channels, tokens = layer.state[0].shape, layer.log[0].shape[0], batch * new
+
+    def run() -> object:
+        step = scans.make_step([new] * batch, [min(drafts, new - 1)] * batch, [0] * batch, list(range(batch)))
+        inputs = {"conv": torch.zeros(tokens, channels).bfloat16()}
+        inputs |= {name: torch.zeros(tokens, heads) for name in per_head}
+        weights = {"conv": torch.zeros(channels, 4).bfloat16()}
+        if layer.rule == "mamba2":
+            weights |= {"conv_bias": torch.zeros(channels).bfloat16(), "A": torch.zeros(heads), "D": torch.zeros(heads)}
+        state = {"state": torch.zeros(batch, *layer.state[0].shape), "conv": torch.zeros(batch, channels, 3).bfloat16()}
+        log = {"conv": torch.zeros(batch, drafts, channels).bfloat16()}
+        log |= {name: torch.zeros(batch, drafts, heads) for name in per_head}
+        return kernel(layer, inputs, weights, state, log, step)
+
+    return run
+
+
+def _recurrent() -> Iterator[Launch]:
+    """Launches of the recurrent rules: decode, verification of three drafts, a long chunk."""
+    for layer in (gdn(16, 32, 128, 128), mamba2(64, 64, 8, 128)):
+        for new, drafts, places in ((1, 0, 1), (1, 3, 4), (64, 3, timeline.PLACES)):
+            yield Launch(
+                f"prepare[{layer.rule}] R={drafts} {places} places",
+                "prepare",
+                recur(layer, new, drafts),
+                lambda places=places: places * timeline.CHANNELS,
+            )
+    for layer in (gdn(16, 32, 64, 64), gdn(16, 32, 128, 128), mamba2(64, 64, 8, 128), mamba2(64, 64, 8, 256)):
+        first, second = layer.state[0].shape[1:]
+        block = first * min(32, second) if layer.rule == "gdn" else 4096
+        yield Launch(f"{layer.rule} {first}x{second}", "carry", recur(layer, 4, 3), lambda block=block: block)
+
+
+def _experts(count: int, tokens: int) -> Callable[[], object]:
+    maps = [Expert((torch.zeros(256, 512).bfloat16(),), torch.zeros(512, 128).bfloat16()) for _ in range(count)]
+    chosen = torch.zeros(tokens, 8, dtype=torch.int64)
+    return lambda: OPS.experts(count, maps, "swiglu")(torch.zeros(tokens, 512).bfloat16(), chosen.float(), chosen)
+
+
+def _operations() -> Iterator[Launch]:
+    """Launches of operations on rows."""
+    for tokens, tile in zip((4, 512), experts.TILES, strict=True):
+        weights = experts.COLUMNS * experts.DEPTH
+        yield Launch(f"experts {tile} rows", "multiply", _experts(16, tokens), lambda size=weights: size)
+    wide, gain = torch.zeros(ROWS, 4096).bfloat16(), torch.zeros(4096)
+    yield Launch("norm 4096", "_norm", lambda: rows.add_norm(wide, wide, gain, 1e-6))
+    heads, gates = torch.zeros(ROWS, 32, 128), torch.zeros(ROWS, 4096).bfloat16()
+    yield Launch(
+        "gated norm 128",
+        "_gated_norm",
+        lambda: rows.gated_norm(heads, gates, torch.zeros(128), 1e-6, gate_first=False),
+    )
+    yield Launch("swiglu", "_activate", lambda: rows.activate(torch.zeros(ROWS, 8192).bfloat16(), "swiglu"))
+    logits = torch.zeros(ROWS, 151936)
+    yield Launch("largest of a part", "span_kernel", lambda: OPS.largest(logits))
+    yield Launch("largest of a short row", "span_kernel", lambda: OPS.largest(wide))
+    yield Launch("keys of a row", "key_kernel", lambda: _all_places(logits))
+    yield Launch("largest of 38 parts", "row_kernel", lambda: OPS.largest(logits))
+
+
+def _all_places(logits: torch.Tensor) -> object:
+    """Nothing writes the places that the best ones are then looked up at."""
+    try:
+        return OPS.best(logits, 20)
+    except RuntimeError:
+        return None
+
+
+def launches() -> dict[str, Launch]:
+    """Return all of them by name."""
+    every = [*_attended(), *_around(), *_recurrent(), *_operations()]
+    named = {launch.name: launch for launch in every}
+    assert len(named) == len(every), "two launches have one name"
+    return named
