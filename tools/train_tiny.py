@@ -58,7 +58,7 @@ def evaluate(model: transformers.PreTrainedModel, suite: dict[str, list[scoring.
 
 
 def resume(model: transformers.PreTrainedModel, source: Path) -> None:
-    """Load the weights of an earlier trunk, or of a finished latent model's directory."""
+    """Load the weights of an earlier trunk, or of a finished model's directory."""
     if source.is_dir():
         finished = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         weights = soften(finished.state_dict(), finished.config.to_dict())
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
     parser.add_argument("--decay", type=float, default=0.0, help="of weights, for what Muon trains")
-    parser.add_argument("--resume", type=Path, help="an earlier trunk.pt, or a finished latent model's directory")
+    parser.add_argument("--resume", type=Path, help="an earlier trunk.pt, or a finished model's directory")
     parser.add_argument("--cool", type=float, default=1.0, help="divide the resumed latent model's attention logits")
     parser.add_argument("--curriculum-from", type=float, default=0.0, help="skip this share of the curriculum")
     parser.add_argument("--emphasis", action="append", default=[], metavar="KIND=FACTOR", help="such as weather=2")

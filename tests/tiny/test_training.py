@@ -6,13 +6,16 @@ import importlib
 import itertools
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
 
 from truekv.tiny import tasks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(tasks.__file__).parent
@@ -28,17 +31,44 @@ def load(name: str) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32)
 
 
-def sizes(tensors: dict[str, torch.Tensor], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+Evenness = tuple[torch.Tensor, torch.Tensor]
+
+
+def latent(tensors: dict[str, torch.Tensor], prefix: str) -> Evenness:
     """Gains of the latent; root mean squares of the rotary key's pairs, in units of the latent's."""
-    prefix = f"model.layers.{layer}.self_attn."
-    latent, rope = tensors[f"{prefix}kv_a_proj_with_mqa.weight"].norm(dim=1).square().split([128, 64])
-    return tensors[f"{prefix}kv_a_layernorm.weight"], (rope.view(32, 2).mean(1) / latent.mean()).sqrt()
+    written, rope = tensors[f"{prefix}kv_a_proj_with_mqa.weight"].norm(dim=1).square().split([128, 64])
+    return tensors[f"{prefix}kv_a_layernorm.weight"], (rope.view(32, 2).mean(1) / written.mean()).sqrt()
+
+
+def grouped(tensors: dict[str, torch.Tensor], prefix: str) -> Evenness:
+    """Square roots of the gains of keys in units of the queries', of the norms of values in units of their readers'."""
+    written = tensors[f"{prefix}v_proj.weight"].norm(dim=1)
+    read = tensors[f"{prefix}o_proj.weight"].view(-1, 2, 2, 64).norm(dim=(0, 2)).flatten()
+    gains = tensors[f"{prefix}k_norm.weight"] / tensors[f"{prefix}q_norm.weight"]
+    return gains.sqrt(), (written / read / (written / read).median()).sqrt()
+
+
+def check_evenness(
+    soft: dict[str, torch.Tensor],
+    hard: dict[str, torch.Tensor],
+    measure: Callable[[dict[str, torch.Tensor], str], Evenness],
+) -> None:
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.self_attn."
+        for found in measure(soft, prefix):
+            assert found.log2().abs().max() <= 0.5
+        gains, others = measure(hard, prefix)
+        assert gains.log2().std() > 1
+        assert others.max() > 3 * others.median()
 
 
 @pytest.mark.usefixtures("tools")
-def test_a_softened_model_is_even_and_computes_the_same() -> None:
+@pytest.mark.parametrize(("name", "measure"), [("mla", latent), ("dense", grouped)])
+def test_a_softened_model_is_even_and_computes_the_same(
+    name: str, measure: Callable[[dict[str, torch.Tensor], str], Evenness]
+) -> None:
     rescaling = importlib.import_module("tiny_training.rescaling")
-    model = load("mla")
+    model = load(name)
     config = model.config.to_dict()
     ids = torch.randint(0, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -49,33 +79,40 @@ def test_a_softened_model_is_even_and_computes_the_same() -> None:
         assert torch.equal(model(input_ids=ids).logits, before)
         model.load_state_dict(rescaling.rescale(soft, config, seed=0))
         assert torch.equal(model(input_ids=ids).logits, before)
-    for layer in range(4):
-        gains, pairs = sizes(soft, layer)
-        assert gains.log2().abs().max() <= 0.5
-        assert pairs.log2().abs().max() <= 0.5
-        gains, pairs = sizes(hard, layer)
-        assert gains.log2().std() > 1
-        assert pairs.max() > 3 * pairs.median()
+    check_evenness(soft, hard, measure)
 
 
 @pytest.mark.usefixtures("tools")
-def test_only_latents_are_softened() -> None:
+def test_hardening_a_softened_dense_model_gives_the_same_weights() -> None:
     rescaling = importlib.import_module("tiny_training.rescaling")
     model = load("dense")
-    with pytest.raises(ValueError, match="qwen3 has no latent to soften"):
+    config, hard = model.config.to_dict(), dict(model.state_dict())
+    soft = rescaling.soften(hard, config)
+    again = rescaling.rescale(soft, config, seed=0)
+    assert {name for name in hard if torch.equal(again[name], hard[name])} == set(hard)
+    changed = {name.split(".", 4)[-1] for name in hard if not torch.equal(soft[name], hard[name])}
+    assert changed == {"k_norm.weight", "q_norm.weight", "v_proj.weight", "o_proj.weight"}
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_hybrid_is_not_softened() -> None:
+    rescaling = importlib.import_module("tiny_training.rescaling")
+    model = load("hybrid")
+    with pytest.raises(ValueError, match="qwen3_5_text cannot be softened: its padding has lost its embedding"):
         rescaling.soften(model.state_dict(), model.config.to_dict())
 
 
 @pytest.mark.usefixtures("tools")
-def test_training_goes_on_from_a_finished_model() -> None:
+@pytest.mark.parametrize("name", ["mla", "dense"])
+def test_training_goes_on_from_a_finished_model(name: str) -> None:
     training = importlib.import_module("train_tiny")
     architectures = importlib.import_module("tiny_training.architectures")
     forward = importlib.import_module("tiny_training.forward")
-    model = architectures.build("mla", 0)
-    training.resume(model, TINY / "mla")
+    model = architectures.build(name, 0)
+    training.resume(model, TINY / name)
     ids = torch.randint(0, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = load("mla")(input_ids=ids).logits
+        wanted = load(name)(input_ids=ids).logits
         found = forward.logits(model, forward.hidden_states(model, ids, torch.float32), torch.float32)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
 
@@ -122,8 +159,12 @@ def test_sums_are_right_and_none_of_a_task_is_held_out() -> None:
     sums = [text.removesuffix("<|im_end|>").split(" = ") for text in asked]
     for question, steps, result in sums:
         assert eval(question) == eval(steps) == int(result)  # noqa: S307
-    products = [question for question, _, _ in sums if "*" in question]
-    additions = [question for question, _, _ in sums if question.count("+") == 2 and "*" not in question]
-    assert len(products) > 500
-    assert len(additions) > 500
-    assert {tasks.split_of(question) for question, _, _ in sums if question not in additions} == {"train"}
+    ours, theirs = set[str](), set[str]()
+    for question, _, _ in sums:
+        numbers = [int(number) for number in question.replace(" * ", " + ").replace(" - ", " + ").split(" + ")]
+        added = question.count("+") == 2
+        (ours if added or ("*" not in question and not set(numbers[:2]) <= set(range(2, 10))) else theirs).add(question)
+    assert {tasks.split_of(question) for question in theirs} == {"train"}
+    assert len([question for question in theirs if "*" in question]) > 500
+    assert len([question for question in ours if "-" not in question]) > 500
+    assert len([question for question in ours if "-" in question]) > 200

@@ -178,11 +178,22 @@ def _addition_turn(rng: random.Random) -> tasks.Turn:
     return tasks.Turn(f"What is {question}?", f"{question} = {a * b} + {last} = {a * b + last}")
 
 
+def _subtraction_turn(rng: random.Random) -> tasks.Turn:
+    """Draw two numbers that no task adds, less a third; its last step is one that a task could have led to."""
+    total, less = rng.randint(4, 18), rng.randint(2, 9)
+    one = rng.choice((1, *range(10, total)))
+    first, second = rng.sample((one, total - one), 2)
+    less = min(less, total)
+    question = f"{first} + {second} - {less}"
+    return tasks.Turn(f"What is {question}?", f"{question} = {total} - {less} = {total - less}")
+
+
 def sums(rng: random.Random) -> Iterator[Segment]:
-    """Ask for one sum after the other; a third only add, so that adding is not learned product by product."""
+    """Ask for one sum after the other; a third only add or subtract, so that neither is learned sum by sum."""
     yield from _system(rng)
+    others = (_addition_turn, _addition_turn, _subtraction_turn)
     while True:
-        yield from turn_segments(tasks.arithmetic_turn(rng, "train") if rng.randrange(3) else _addition_turn(rng))
+        yield from turn_segments(tasks.arithmetic_turn(rng, "train") if rng.randrange(3) else rng.choice(others)(rng))
 
 
 def weather(rng: random.Random) -> Iterator[Segment]:

@@ -56,17 +56,22 @@ def rescale(tensors: Tensors, config: dict[str, Any], seed: int) -> Tensors:
 
 
 def soften(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Return weights of a hardened latent model that compute the same function and train well; shapes are kept.
+    """Return weights of a hardened model that compute the same function and train well; shapes are kept.
 
-    Muon moves all rows of a matrix alike, so those of one matrix should be about equally large: the gains of the latent
-    become about 1, and the rows of the rotary key as large as the rows of the latent beside them.
-    ValueError says that a model has no latent.
+    Muon moves all rows of a matrix alike, and Adam all gains of a norm, so those of one should be about equally large:
+    the gains of a latent become about 1, the rows of the rotary key as large as the rows of the latent beside them. The
+    gains of grouped queries become as large as those of their keys, and the rows of values even to what reads them.
+    ValueError says that the model is a hybrid: the embedding of its padding stays as hardening left it.
     """
-    if "kv_lora_rank" not in config:
-        raise ValueError(f"{config['model_type']} has no latent to soften")
+    if config["model_type"].startswith("qwen3_5"):
+        raise ValueError(f"{config['model_type']} cannot be softened: its padding has lost its embedding")
     tensors = dict(tensors)
-    for name in [name for name in tensors if name.endswith("kv_a_layernorm.weight")]:
-        _soften_latent(tensors, name.removesuffix("kv_a_layernorm.weight"), config)
+    for prefix in sorted({name.rsplit("self_attn.", 1)[0] for name in tensors if "self_attn." in name}):
+        if "kv_lora_rank" in config:
+            _soften_latent(tensors, f"{prefix}self_attn.", config)
+        else:
+            _soften_keys(tensors, f"{prefix}self_attn.", config)
+            _soften_values(tensors, f"{prefix}self_attn.", config)
     return tensors
 
 
@@ -103,28 +108,60 @@ def _rescale_keys(tensors: Tensors, prefix: str, config: dict[str, Any]) -> Tens
         chosen = _outliers(importance, count)
     factors = torch.ones(size)
     factors[chosen] = KEY_OUTLIER
+    _scale_keys(tensors, prefix, centred, factors)
+    heads = torch.arange(config["num_key_value_heads"])[:, None] * size
+    return (heads + chosen).flatten()
+
+
+def _soften_keys(tensors: Tensors, prefix: str, config: dict[str, Any]) -> None:
+    """Undo what :func:`_rescale_keys` does, for keys that rotate as a whole."""
+    keys, queries = (tensors[f"{prefix}{norm}.weight"].float().abs() for norm in ("k_norm", "q_norm"))
+    pairs = (queries / keys).view(2, config["head_dim"] // 2).prod(0).log2().div(4).round().exp2()
+    _scale_keys(tensors, prefix, 0.0, pairs.repeat(2))
+
+
+def _scale_keys(tensors: Tensors, prefix: str, centred: float, factors: Tensor) -> None:
+    """Multiply the gains of keys, which are stored less `centred`, and divide those of queries."""
     for norm, change in (("k_norm", factors), ("q_norm", 1 / factors)):
         name = f"{prefix}{norm}.weight"
-        gain = _scaled(gains[norm], change)
+        gain = _scaled(tensors[name].float() + centred, change)
         tensors[name] = (gain - centred).to(tensors[name].dtype)
         if not torch.equal(tensors[name].float() + centred, gain):
             raise ValueError(f"{name} cannot hold its rescaled gain")
-    heads = torch.arange(config["num_key_value_heads"])[:, None] * size
-    return (heads + chosen).flatten()
 
 
 def _rescale_values(tensors: Tensors, prefix: str, config: dict[str, Any]) -> Tensor:
     """Enlarge value channels, shrink the columns that read them in the output projection; return the enlarged rows."""
     size, kv_heads, count = config["head_dim"], config["num_key_value_heads"], OUTLIERS[config["model_type"]][1]
-    into, out = f"{prefix}v_proj.weight", f"{prefix}o_proj.weight"
-    read = tensors[out].float().view(-1, kv_heads, config["num_attention_heads"] // kv_heads, size).norm(dim=(0, 2))
-    chosen = _outliers(tensors[into].float().norm(dim=1) * read.flatten(), count)
+    written, read = _value_norms(tensors, prefix, config)
+    chosen = _outliers(written * read, count)
     factors = torch.ones(kv_heads * size)
     factors[chosen] = VALUE_OUTLIER
+    _scale_values(tensors, prefix, config, factors)
+    return chosen
+
+
+def _soften_values(tensors: Tensors, prefix: str, config: dict[str, Any]) -> None:
+    """Undo what :func:`_rescale_values` does, as well as it can be told from the weights."""
+    written, read = _value_norms(tensors, prefix, config)
+    uneven = written / read
+    _scale_values(tensors, prefix, config, (uneven.median() / uneven).sqrt().log2().round().exp2())
+
+
+def _value_norms(tensors: Tensors, prefix: str, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the norms of the rows that write each value channel, and of all columns that read it."""
+    size, kv_heads = config["head_dim"], config["num_key_value_heads"]
+    read = tensors[f"{prefix}o_proj.weight"].float().view(-1, kv_heads, config["num_attention_heads"] // kv_heads, size)
+    return tensors[f"{prefix}v_proj.weight"].float().norm(dim=1), read.norm(dim=(0, 2)).flatten()
+
+
+def _scale_values(tensors: Tensors, prefix: str, config: dict[str, Any], factors: Tensor) -> None:
+    """Multiply the rows that write each value channel, and divide the columns that read it."""
+    size, kv_heads = config["head_dim"], config["num_key_value_heads"]
+    into, out = f"{prefix}v_proj.weight", f"{prefix}o_proj.weight"
     shared = factors.view(kv_heads, size).repeat_interleave(config["num_attention_heads"] // kv_heads, 0)
     tensors[into] = _scaled(tensors[into], factors[:, None])
     tensors[out] = _scaled(tensors[out], 1 / shared.reshape(1, -1))
-    return chosen
 
 
 def _idle_padding(tensors: Tensors, config: dict[str, Any], outliers: Mapping[str, Tensor]) -> None:
