@@ -23,14 +23,21 @@ test: $(VENV)/.test
 # time goes into compiling, hence the processes; what they compiled stays in build/triton. QUICK=--quick: minutes less.
 # The speeds are measured whatever the tests say, and a warning of the device's libraries fails none of them.
 # READY=python3: without a network, a Python that has torch for CUDA, pytest, pytest-xdist, hypothesis, safetensors,
-# tokenizers, jinja2, typer and rich.
+# tokenizers, jinja2, typer and rich, and cmake; the native library, which answers are compared with, is built in place.
 GPU_PYTHON = $(or $(READY),$(BIN)/python)
+NATIVE := src/truekv/kernels/native/libtruekv_native.so
 gpu: export TRITON_INTERPRET := 0
 gpu: export TRITON_CACHE_DIR := $(CURDIR)/build/triton
 gpu: export PYTHONPATH := $(CURDIR)/src
-gpu: $(if $(READY),,$(VENV)/.test)
-	$(GPU_PYTHON) -m pytest -m gpu -n $(JOBS) -W default -p no:benchmark --durations=10 tests/gpu; tests=$$?; \
+gpu: $(if $(READY),$(NATIVE),$(VENV)/.test)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(GPU_PYTHON) -m pytest -m gpu -n $(JOBS) \
+	  -W default -p no:benchmark --durations=10 tests/gpu; tests=$$?; \
 	$(GPU_PYTHON) -m bench.gpu $(QUICK) && exit $$tests
+
+$(NATIVE): $(wildcard native/*.cpp native/*.h native/CMakeLists.txt)
+	$(CMAKE) -S native -B build/native -DCMAKE_BUILD_TYPE=Release
+	$(CMAKE) --build build/native --parallel $(JOBS)
+	cp build/native/$(@F) $@
 
 # Every Triton kernel compiled for two GPUs and compared with a table, or with WRITE=--write taken into it: minutes.
 triton-gate: $(VENV)/.test
