@@ -61,6 +61,7 @@ check: $(VENV)/.check
 # For a machine with nothing else to do. Checkpoints, the peer and the last measurements stay in build/bench.
 bench: $(VENV)/.bench bench-peer
 	$(BIN)/python -m bench.attention
+	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.decode --peer llama.cpp
 	$(BIN)/python -m bench.decode --peer transformers
 	$(BIN)/python -m bench.serve_engine

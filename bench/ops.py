@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from bench.machine import FOLDER, describe
 from truekv.core.batch import Chunk
 from truekv.core.lazy import torch
 from truekv.core.ops import Part
@@ -82,7 +83,7 @@ class Measured:
 
 
 def main() -> None:
-    """Measure, and print a table or one JSON object."""
+    """Measure, print a table or one JSON object, and keep it for `bench.report`."""
     parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one shape per rule, fewer repetitions")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -98,8 +99,13 @@ def main() -> None:
     maps = sum(best(functools.partial(native_maps, 1, *size, LAYERS), times) for size in MAPS.values()) / LAYERS
     rows += [encode(name, maps, times) for name in ("int8", "kv4", "q4_0")]
     rows += [sample(name, count, times // 4) for name in DRAWS for count in (1, 16)]
+    result = {"rows": [asdict(row) for row in rows]}
+    command = " ".join(["python -m bench.ops", *sys.argv[1:]])
+    saved = {"machine": describe(1), "versions": {"kernels": "native"}, "command": command, **result}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "ops.json").write_text(json.dumps(saved, indent=1))
     if asked.json:
-        sys.stdout.write(json.dumps({"rows": [asdict(row) for row in rows]}) + "\n")
+        sys.stdout.write(json.dumps(result) + "\n")
     else:
         show(rows)
 

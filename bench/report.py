@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 HERE: Final = Path(__file__).parent
-_SAVED: Final = ("attention.json", "decode-llama.cpp.json", "decode-transformers.json", "serve_engine.json")
+_SAVED: Final = ("attention.json", "ops.json", "decode-llama.cpp.json", "decode-transformers.json", "serve_engine.json")
 _TITLES: Final = {
     "decode": "Decode, tokens/s",
     "prefill": "Prefill from empty, tokens/s",
@@ -49,11 +49,17 @@ itself four tokens to choose the likeliest from, which come in runs; text that d
 there always is something to look up, and nearly never what follows. Answers with and without guesses are compared
 token by token."""
 
+_HOW_OPS: Final = """\
+One thread, microseconds of processor time, the least of many. A step and the maps of up to 4 rows go through states and
+weights of 24 layers in turn. Beside a step are torch's batched matrix products for the bare rule; "in transformers"
+its own functions, which convolve and normalise too, as the native step does. Prompts, encoding and sampling are
+compared with the reference kernels, maps with `torch.nn.functional.linear` in bf16."""
+
 Measurement = dict[str, Any]
 
 
 def render(measured: Sequence[Measurement]) -> str:
-    """Return the page for what `bench.attention`, `bench.decode` and `bench.serve_engine` saved."""
+    """Return the page for what each bench saved."""
     parts = ["# Results", "Written by `python -m bench.report` from the last run of each command.", _HOW]
     for one in measured:
         parts += [f"## `{one['command']}`", _machine(one)]
@@ -92,6 +98,8 @@ def _machine(one: Measurement) -> str:
 def _kind(one: Measurement) -> str:
     if "raw_read_gbps" in one:
         return "attention"
+    if "operation" in one["rows"][0]:
+        return "ops"
     return "engine" if "bound" in one["rows"][0] else "decode"
 
 
@@ -114,6 +122,20 @@ def _attention(one: Measurement) -> Iterator[str]:
                 f"{row['gbps'] / beside:.0%}",
             )
             for row, beside in zip(one["rows"], one["raw_read_gbps_beside"], strict=True)
+        ],
+    )
+
+
+def _ops(one: Measurement) -> Iterator[str]:
+    yield _HOW_OPS
+    yield _table(
+        ("operation", "shape", "native, us", "torch, us", "torch / native", "GB/s", "of the layer's maps"),
+        [
+            (
+                *(row["operation"], row["shape"], f"{row['native']:,.0f}", f"{row['torch']:,.0f}"),
+                *(f"{row['ratio']:.1f}", _number(row["gbps"]), "" if row["share"] is None else f"{row['share']:.1%}"),
+            )
+            for row in one["rows"]
         ],
     )
 
@@ -172,7 +194,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-_KINDS: Final = {"attention": _attention, "decode": _decode, "engine": _engine}
+_KINDS: Final = {"attention": _attention, "ops": _ops, "decode": _decode, "engine": _engine}
 
 
 def main() -> int:

@@ -42,6 +42,14 @@ def test_the_page_has_a_table_for_each_thing_measured() -> None:
     assert "decode.png" not in render([ATTENTION])
 
 
+def test_operations_have_a_table_of_their_own() -> None:
+    one = {"operation": "encode", "shape": "int8", "native": 13.4, "torch": 1360.0, "ratio": 101.5, "gbps": None}
+    rows = [{**one, "share": 0.0123}, {**one, "operation": "step", "gbps": 24.25, "share": None}]
+    page = render([{**_ABOUT, "rows": rows}])
+    assert "| encode | int8 | 13 | 1,360 | 101.5 |  | 1.2% |" in page
+    assert "| step | int8 | 13 | 1,360 | 101.5 | 24.2 |  |" in page
+
+
 def test_the_plot_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with truekv[bench]")
     plot(DECODE, tmp_path / "decode.png")
