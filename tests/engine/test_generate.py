@@ -10,6 +10,7 @@ from truekv import LLM, Corrupted, Refused, SamplingParams
 from truekv.core.batch import Chunk
 from truekv.core.options import Speculation
 from truekv.engine.events import Ended, Failed, Sampled, Stored
+from truekv.engine.run import Runner
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -249,6 +250,33 @@ def test_a_corrupted_request_ends_alone(dense: Path, *, raises: bool) -> None:
     assert_all_returned(llm)
     with pytest.raises(Corrupted):
         llm.generate([PROMPTS[0], [4, 99, 3]], FREE)
+    assert_all_returned(llm)
+
+
+def test_rows_that_cannot_be_stored_end_their_request_in_the_step_that_all_share(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's step is not replayed, but no more stopped by one request's rows than a replay is."""
+    llm = LLM(str(dense), max_model_len=128, capture="on")
+    engine = engine_of(llm)
+    layer: Any = engine.runner.arena.layers[0]
+    attend, run, sizes = layer.attend, Runner.run, list[int]()
+
+    def spoiled(queries: Any, rows: Any, scale: float, step: Any) -> torch.Tensor:
+        bad = (step.tokens == 99)[:, None, None]
+        return attend(queries, tuple(part.masked_fill(bad, torch.inf) for part in rows), scale, step)
+
+    def counted(self: Runner, chunks: Any, *given: Any) -> Any:
+        sizes.append(len(chunks))
+        return run(self, chunks, *given)
+
+    monkeypatch.setattr(layer, "attend", spoiled)
+    monkeypatch.setattr(Runner, "run", counted)
+    requests = [engine.add(prompt, FREE) for prompt in (PROMPTS[0], [4, 99, 3], *PROMPTS[1:])]
+    failed = [event.request for event in engine.run(requests) if isinstance(event, Failed)]
+    assert failed == [requests[1].identity]
+    assert sizes[:2] == [len(requests), len(requests) - 1]
+    assert llm._engine.runner.forward.eager >= 1
     assert_all_returned(llm)
 
 

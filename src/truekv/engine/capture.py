@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
+from truekv.core.recording import recording
 from truekv.engine.padding import PaddedStep, StepSize, nobody
 from truekv.engine.recording import Recording, recorder
 from truekv.memory.pages import PagedLayer
@@ -153,7 +154,10 @@ class StepGraphs:
         size = self.sizes.holding(step)
         if size is None or any(layer.probe for layer in self._paged):
             self.eager += 1
-            return self._forward(step, *tensors)
+            # As in a replay, no check stops between layers, for which a GPU would wait for the host: numbers that are
+            # not finite show in what the forward returns.
+            with recording():
+                return self._forward(step, *tensors)
         captured = self._capture(size, *tensors)
         self.replays += 1
         return captured(step, *tensors)
