@@ -73,15 +73,17 @@ def attend(memory: tuple[Stored, ...], group: int, step: Step, window: int | Non
 def attention(
     layer: Paged, codes: tuple[str, str], queries: int, group: int = GROUP, *, kernel: str = "attend"
 ) -> Launch:
-    """So many query rows of one kv head: a group's heads, times new tokens."""
+    """So many query rows of one kv head: a group's heads, times new tokens. In a window if the layer has one."""
     memory = fields(layer, *codes)
     laid = [layout(item) for item in memory]
     names = "/".join(codes) if kernel == "attend" else codes[0] if kernel == "query" else codes[-1]
     size = sum(item.field.dim for item in memory)
     return Launch(
-        f"{kernel}[{names}] D={laid[0].dim}" + (f" G={group} M={queries}" if kernel == "attend" else ""),
+        f"{kernel}[{names}] D={laid[0].dim}"
+        + (f" G={group} M={queries}" if kernel == "attend" else "")
+        + (" in a window" if layer.window else ""),
         f"{kernel}_kernel",
-        lambda: attend(memory, group, _step(queries // group)),
+        lambda: attend(memory, group, _step(queries // group), layer.window),
         (lambda: attend_options(laid, queries, arch()).keys * size) if kernel == "attend" else lambda: 0,
     )
 
@@ -104,6 +106,8 @@ _GQA: Final = (
     ("kv3", "kv3"),
     ("q8_0", "q8_0"),
     ("q5_1", "q5_1"),
+    ("q5_0", "q5_0"),
+    ("q4_1", "q4_1"),
     ("q4_0", "q4_0"),
     ("iq4_nl", "iq4_nl"),
 )
@@ -123,14 +127,18 @@ def _attended() -> Iterator[Launch]:
     for code, dim, queries in itertools.product(_CODES, (128, 256), (16, 32, 64)):
         yield attention(gqa(HEADS, dim), (code, code), queries)
     yield attention(gqa(HEADS, 128), ("q8_0", "q4_0"), 64)
+    for code, queries in itertools.product(_CODES, (8, 64)):
+        yield attention(gqa(HEADS, 128, window=300), (code, code), queries)
     for codes, queries in itertools.product(_MLA, (16, 64)):
         yield attention(mla(512, 64), codes, queries, 16)
 
 
 def _around() -> Iterator[Launch]:
     """What comes before and after it."""
-    for code in (*_CODES, "fp8_e5m2", "turboquant_fp8", "q5_1", "iq4_nl"):
-        yield store(code)
+    for code in codecs():
+        # Of the same code as another, in another frame.
+        if not code.endswith("+hadamard") and code not in {"turboquant_4bit", "turboquant_3bit"}:
+            yield store(code)
     for kernel in ("query", "merge"):
         for code in ("bf16", "int8", "kv4"):
             yield attention(gqa(HEADS, 128), (code, code), 8, kernel=kernel)
@@ -193,6 +201,12 @@ def _operations() -> Iterator[Launch]:
         "_gated_norm",
         lambda: rows.gated_norm(heads, gates, torch.zeros(128), 1e-6, gate_first=False),
     )
+    head, half = torch.zeros(ROWS, 32, 128).bfloat16(), torch.zeros(ROWS, 64)
+    yield Launch("rotate 128", "_rotate", lambda: rows.rotate(head, half, half, interleaved=False))
+    yield Launch("gate 128", "_gate", lambda: rows.gate(head, head))
+    narrow, rates = torch.zeros(ROWS, 64).bfloat16(), torch.zeros(64)
+    yield Launch("softplus 64", "_softplus", lambda: rows.softplus(narrow, rates))
+    yield Launch("gates of a delta rule", "_delta_gates", lambda: rows.delta_gates(narrow, narrow, rates, rates))
     yield Launch("swiglu", "_activate", lambda: rows.activate(torch.zeros(ROWS, 8192).bfloat16(), "swiglu"))
     logits = torch.zeros(ROWS, 151936)
     yield Launch("largest of a part", "span_kernel", lambda: OPS.largest(logits))
