@@ -21,6 +21,7 @@ from torch.utils import backend_registration
 
 from truekv.core.batch import Chunk
 from truekv.core.recording import recording
+from truekv.core.sampling import Reading
 from truekv.engine import capture
 from truekv.engine.capture import StepGraphs
 from truekv.engine.run import Runner
@@ -117,7 +118,7 @@ def serve(directory: Path, kv: str, dtype: Any, device: torch.device, *, misplac
     shapes: list[list[tuple[int, ...]]] = []
     for count, drafts, wanted in ((40, 0, 1), (3, 0, 0), (1, 0, 1), (1 + DRAFTS, DRAFTS, 1 + DRAFTS)):
         chunks = [Chunk(sequence, [1] * count, drafts, DRAFTS) for sequence in held]
-        ran = runner.run(chunks, [wanted] * SEQUENCES, [ALL, 0, BEST])
+        ran = runner.run(chunks, [wanted] * SEQUENCES, [Reading(ALL), Reading(0), Reading(BEST)])
         rows = [part for part in ran.rows if isinstance(part, torch.Tensor)]
         assert ran.hidden.device == device
         assert all(part.device.type == "cpu" for part in rows)

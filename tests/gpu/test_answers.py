@@ -10,6 +10,7 @@ from gpu.place import CAPTURED, DEVICE, ON_DEVICE, OPTIONS
 
 from truekv import LLM, SamplingParams
 from truekv.core.options import Speculation
+from truekv.engine import sample
 from truekv.engine.run import Runner
 from truekv.kernels.cuda import kernel
 from truekv.serve.assemble import EMBEDDED
@@ -93,6 +94,39 @@ def test_logits_leave_the_device_only_where_somebody_reads_them(monkeypatch: pyt
     assert all(parts[-1].shape == (1, 21) for parts in steps)
     # In every step one call for the second request, one for the last and one for that whose repetitions are punished.
     assert ours._blueprint.kernels.calls["sample"] == 3 * LONGEST
+
+
+def test_of_most_rows_the_best_logits_are_all_that_filters_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "MOST_READ", 64)
+    asked = [
+        SamplingParams(max_tokens=LONGEST, ignore_eos=True, seed=seed, **asked)  # type: ignore[arg-type]
+        for seed, asked in enumerate(
+            (
+                {"temperature": 0.8, "top_p": 0.95},
+                {"temperature": 0.8, "min_p": 0.05},
+                {"temperature": 0.8, "top_p": 0.9, "min_p": 0.02},
+                {"temperature": 50.0, "top_p": 0.99},
+            )
+        )
+    ]
+    options = {"kv_cache_dtype": "f32", "max_model_len": 512, "dtype": "float32", "max_num_seqs": len(asked)}
+    ours = LLM("tiny-dense", **options, **OPTIONS)  # type: ignore[arg-type]
+    theirs = LLM("tiny-dense", **options, device="cpu")  # type: ignore[arg-type]
+    read: list[list[int]] = []
+    run = Runner.run
+
+    def seen(*given: Any) -> Ran:
+        ran = run(*given)
+        read.append([part.shape[1] for part in ran.rows if isinstance(part, torch.Tensor)])
+        return ran
+
+    prompts = [[10 * index + 1, 7, 3, 5] for index in range(len(asked))]
+    expected = [theirs.generate(prompt, params)[0].tokens for prompt, params in zip(prompts, asked, strict=True)]
+    monkeypatch.setattr(Runner, "run", seen)
+    assert [answer.tokens for answer in ours.generate(prompts, asked)] == expected
+    # A flat row is read whole.
+    assert {step[3] for step in read} == {theirs._engine.runner.model.spec.vocab_size}
+    assert all(min(step[index] for step in read) == 64 for index in range(3))
 
 
 def test_weights_and_memory_lie_on_the_device() -> None:

@@ -33,6 +33,22 @@ class Draw(NamedTuple):
         return self.temperature == 0 or self.top_k == 1
 
 
+class Reading(NamedTuple):
+    """How much of a row of logits somebody looks at."""
+
+    most: int
+    """So many of the best and their places; none where the place of the largest will do."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """Filters that must leave fewer than `most`, else the whole row is looked at. 1 and 0: there are none."""
+
+    @property
+    def filters(self) -> bool:
+        """Whether the best may turn out not to be enough."""
+        return self.top_p < 1 or self.min_p > 0
+
+
 class Sampling(Protocol):
     """What a backend offers: `sampling.py` of its folder, under the name SAMPLING."""
 

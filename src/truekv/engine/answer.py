@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from truekv.core.sampling import Reading
 from truekv.engine.events import Ended, Sampled, Stored
 from truekv.engine.sample import ALL, logprobs
 from truekv.engine.tokens import StopStrings, TextStream
@@ -38,13 +39,13 @@ class Answer:
             return share.count + len(share.drafts)
         return 1 + len(share.drafts) if share.samples else 0
 
-    def reads(self, share: Share) -> int:
-        """How many of the best of those logits anybody looks at, 0 where the place of the largest will do."""
+    def reads(self, share: Share) -> Reading:
+        """How much of those logits anybody looks at."""
         if self._reports(share):
-            return ALL
+            return Reading(ALL)
         if not share.samples or (self.sampler.greedy and not self.request.params.logprobs):
-            return 0
-        return ALL if self.request.params.logprobs else self.sampler.reads
+            return Reading(0)
+        return Reading(ALL) if self.request.params.logprobs else self.sampler.reads
 
     def likeliest(self, share: Share, places: list[int]) -> list[int]:
         """Return the tokens of a share, given where the largest of its logits are, if those are its tokens."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
+from truekv.core.sampling import Reading
+from truekv.engine.settle import masses, settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,8 @@ class Ran:
     rows: list[torch.Tensor | Corrupted]
     """For each chunk the logits of its last wanted tokens, float32 on the host, or why not.
 
-    [wanted, vocab]; none, [0, vocab], of a chunk of which nobody reads any; and where the best will do, those alone.
+    [wanted, vocab]; none, [0, vocab], of a chunk of which nobody reads any; and where the best will do, those alone,
+    filtered as `settle.py` says where the reading has filters.
     """
     places: list[torch.Tensor | None]
     """For each chunk of which the best logits alone are there, int64 [wanted, count]: which tokens they are."""
@@ -44,12 +47,12 @@ class Runner:
         self.arena = arena
         self.forward = forward or self._eager
 
-    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], read: Sequence[int] | None = None) -> Ran:
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], read: Sequence[Reading] | None = None) -> Ran:
         """Run one step; nothing in it is real until the caller advances each chunk's sequence.
 
-        `read`: how many of the best logits of each row are to be there to read, more than there are for all of them
-        (the default). Where numbers are not `apart` all are there if any is. A chunk whose numbers are not finite gets
-        a Corrupted instead of logits; Corrupted is raised when the step failed and it is unknown whose fault it was.
+        `read`: how much of each chunk's rows is to be there to read (all of them by default). Where numbers are not
+        `apart` all are there if any is. A chunk whose numbers are not finite gets a Corrupted instead of logits;
+        Corrupted is raised when the step failed and it is unknown whose fault it was.
         """
         step = self.arena.reserve(list(chunks))
         with torch.inference_mode():
@@ -79,14 +82,16 @@ class Runner:
         return self.model.logits(hidden_TH).float()
 
     def _to_host(
-        self, logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[int] | None
+        self, logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading] | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """Return each chunk's logits as far as they are read, and their places where those are not all.
 
-        What chunks read whole is one copy, and of the others what is left is another.
+        What chunks read whole is one copy, and of the others what is left is another; those whose filters leave more
+        than that are read whole afterwards.
         """
         vocab, apart = logits_NV.shape[1], self.arena.kernels.ops.apart
-        asked = [vocab] * len(wanted) if read is None else [most if apart or not most else vocab for most in read]
+        read = [Reading(vocab)] * len(wanted) if read is None else read
+        asked = [one.most if apart or not one.most else vocab for one in read]
         whole = [count if most >= vocab else 0 for count, most in zip(wanted, asked, strict=True)]
         short = [count if 0 < most < vocab else 0 for count, most in zip(wanted, asked, strict=True)]
         logits = _split(_kept(logits_NV, wanted, whole).cpu(), whole)
@@ -94,11 +99,17 @@ class Runner:
         if any(short):
             # As many for all, so that all of them can be drawn from at once.
             most = max(most for most, count in zip(asked, short, strict=True) if count)
-            best = self.arena.kernels.ops.best(_kept(logits_NV, wanted, short), most)
-            found = zip(*(_split(side.cpu(), short) for side in best), strict=True)
-            for index, (best_NK, places_NK) in enumerate(found):
-                if short[index]:
-                    logits[index], places[index] = best_NK, places_NK
+            rows_NV = _kept(logits_NV, wanted, short)
+            best = self.arena.kernels.ops.best(rows_NV, most)
+            masses_N = _masses(rows_NV, best[0], short, read)
+            found = zip(*(_split(side.cpu(), short) for side in (*best, masses_N)), strict=True)
+            for index, (best_NK, places_NK, mass_N) in enumerate(found):
+                if not short[index]:
+                    continue
+                if kept := settled(best_NK, places_NK, read[index], mass_N):
+                    logits[index], places[index] = kept
+                else:
+                    logits[index] = _split(logits_NV, wanted)[index].cpu()
         return logits, places
 
     def step(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[torch.Tensor | Corrupted]:
@@ -146,6 +157,18 @@ def _kept(rows_NV: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -
         return rows_NV
     parts = zip(_split(rows_NV, wanted), counts, strict=True)
     return torch.cat([part_NV[:count] for part_NV, count in parts])
+
+
+def _masses(
+    rows_NV: torch.Tensor, best_NK: torch.Tensor, counts: Sequence[int], read: Sequence[Reading]
+) -> torch.Tensor:
+    """Return the masses of rows where a chunk's top_p is a share of them, else zeros: float64 [N], on the device."""
+    shares = [one.temperature if one.top_p < 1 and not one.min_p else 0.0 for one in read]
+    if not any(count and share for count, share in zip(counts, shares, strict=True)):
+        return torch.zeros(len(rows_NV), dtype=torch.float64)
+    temperatures = [share or 1.0 for count, share in zip(counts, shares, strict=True) for _ in range(count)]
+    temperature_N = torch.tensor(temperatures, dtype=torch.float64, device=rows_NV.device)
+    return masses(rows_NV, best_NK[:, 0], temperature_N)
 
 
 def _split(rows_NV: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
-from truekv.core.sampling import Draw
+from truekv.core.sampling import Draw, Reading
 from truekv.kernels.table import fastest_sampling
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Sampler:
         _check("stop_token_ids", params.stop_token_ids, vocab_size)
         self.seed = params.seed if params.seed is not None or params.temperature == 0 else secrets.randbits(63)
         self._constraint = constraint
+        self._vocab_size = vocab_size
         self._chosen = 0
         self._banned = torch.tensor(sorted(self.ends), dtype=torch.int64) if params.min_tokens else None
         self._biased = torch.tensor(list(bias), dtype=torch.int64) if bias else None
@@ -97,22 +98,33 @@ class Sampler:
         return self.independent and (self.params.temperature == 0 or self.params.top_k == 1)
 
     @property
-    def reads(self) -> int:
-        """How many of the best logits of a row a draw looks at, in their order; more than there are if at all.
+    def reads(self) -> Reading:
+        """How much of a row a draw looks at.
 
-        With top_k those and one more, which says that there are others: so the draw takes the way that it takes in the
-        whole row, and adds up the same numbers in the same order.
+        With top_k so many of the best and one more, which says that there are others: so the draw takes the way that it
+        takes in the whole row, and adds up the same numbers in the same order. With top_p or min_p alone as many of the
+        best as they hardly ever leave.
         """
-        return self.params.top_k + 1 if self.independent and 0 < self.params.top_k < MOST_READ else ALL
+        params = self.params
+        if not self.independent or params.top_k >= MOST_READ:
+            return Reading(ALL)
+        if params.top_k:
+            return Reading(params.top_k + 1)
+        if params.top_p == 1 and params.min_p == 0:
+            return Reading(ALL)
+        return Reading(MOST_READ, params.temperature, params.top_p, params.min_p)
 
     def ask(self, logits_V: torch.Tensor, ahead: int = 0) -> Draw:
         """Return the draw of the next token, or of the one that follows `ahead` others if it is `independent`.
 
-        Logits are finite float32 [vocab] on the CPU and stay as they are. Raises ConstraintFailed where the
-        grammar cannot go on.
+        Logits are finite float32 [vocab] on the CPU and stay as they are; or as much of them as this `reads`. Raises
+        ConstraintFailed where the grammar cannot go on.
         """
         params = self.params
         point = 0.0 if params.temperature == 0 else draw(self.seed or 0, self._chosen + ahead)
+        if self.reads.filters and len(logits_V) < self._vocab_size:
+            # Filtered already: see settle.py.
+            return Draw(logits_V, params.temperature, 0, params.top_p if params.min_p else 1.0, 0.0, point)
         adjusted_V = self._adjust(logits_V)
         return Draw(adjusted_V, params.temperature, params.top_k, params.top_p, params.min_p, point)
 
