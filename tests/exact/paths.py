@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from truekv import LLM
     from truekv.core.batch import Chunk
     from truekv.core.batch import Sequence as Held
+    from truekv.core.sampling import Reading
     from truekv.engine.generate import Engine
     from truekv.engine.request import Request
     from truekv.engine.run import Ran
@@ -126,7 +127,7 @@ class Watch:
         self._run, self._advance, self._close = runner.run, arena.advance, arena.close
         runner.run, arena.advance, arena.close = self.run, self.advance, self.close
 
-    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], read: Sequence[bool]) -> Ran:
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[int], read: Sequence[Reading]) -> Ran:
         ran = self._run(chunks, wanted, read)
         with torch.inference_mode():
             logits_TV = self.engine.runner.model.logits(ran.hidden).float()
@@ -137,7 +138,7 @@ class Watch:
             start += len(chunk.tokens)
             assert isinstance(got, torch.Tensor), got
             last = rows[len(rows) - count :]
-            assert same(got, last if asked else last[:0]), "the engine's logits are not those of its residuals"
+            assert same(got, last if asked.most else last[:0]), "the engine's logits are not those of its residuals"
             assert places == last.argmax(-1).tolist(), "the likeliest tokens are not those of the engine's residuals"
             self._pending[id(chunk.sequence)] = owners[id(chunk.sequence)], chunk, rows
         self.counts["steps"] += 1
