@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from bench.fill import fill
-from bench.machine import FOLDER, RawRead, describe, native
+from bench.machine import FOLDER, RawRead, describe, native, positive
 from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--backend", default="native", help="folder of truekv/kernels")
     parser.add_argument("--instruction-set", help="force its native kernels, instead of those that are chosen")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     asked = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
     torch.set_num_threads(asked.threads)

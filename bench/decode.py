@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.convert import gguf
 from bench.frames import frames
-from bench.machine import FOLDER, describe
+from bench.machine import FOLDER, describe, positive
 from bench.wire import EngineFailed, Worker
 from truekv.core.errors import Refused
 from truekv.serve.progress import Bar
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=tuple(CONFIGS), metavar="MODEL")
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), metavar="FORMAT")
     parser.add_argument("--depths", nargs="+", type=int, metavar="TOKENS")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     asked = parser.parse_args(arguments)
     # Before a library with OpenMP is loaded, here and in the engines: spinning threads slow the other engine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import platform
@@ -55,6 +56,13 @@ class RawRead:
             raise AssertionError(f"raw_read returned {found.value}, not {expected}")
         self.best[threads] = max(rate, self.best.get(threads, 0.0))
         return rate
+
+
+def positive(text: str) -> int:
+    """Return a number given on the command line, of threads or steps; argparse says what is wrong with another."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of 1 or more")
+    return int(text)
 
 
 def describe(threads: int) -> dict[str, str]:

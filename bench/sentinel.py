@@ -13,6 +13,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from bench.machine import positive
+
 if TYPE_CHECKING:
     from truekv import LLM
 
@@ -23,8 +25,8 @@ PROMPT = 64
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print one line for each model and batch."""
     parser = argparse.ArgumentParser(prog="python -m bench.sentinel", description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=positive, default=100)
+    parser.add_argument("--threads", type=positive, default=1)
     asked = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
     import torch

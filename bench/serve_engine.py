@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.convert import gguf
 from bench.decode import FORMATS, NO_PEER, PEER_PYTHON, PEER_READY
-from bench.machine import FOLDER, describe
+from bench.machine import FOLDER, describe, positive
 from bench.wire import ROOT, EngineFailed, Worker
 from truekv.core.errors import Refused
 from truekv.serve.progress import Bar
@@ -352,10 +352,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-peer", action="store_true", help="truekv alone")
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="MODEL")
     parser.add_argument("--work", nargs="+", choices=WORK, metavar="WORK", help=f"some of {', '.join(WORK)}")
-    parser.add_argument("--concurrent", nargs="+", type=int, metavar="REQUESTS")
+    parser.add_argument("--concurrent", nargs="+", type=positive, metavar="REQUESTS")
     parser.add_argument("--format", choices=tuple(FORMATS))
     parser.add_argument("--capture", choices=CAPTURES)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     asked = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
     versions: dict[str, str] = {}

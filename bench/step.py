@@ -22,7 +22,7 @@ from unittest import mock
 from bench import capture
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.engines.truekv import start
-from bench.machine import native
+from bench.machine import native, positive
 from truekv.core.lazy import torch
 from truekv.core.resident import mapped
 
@@ -51,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=tuple(CONFIGS), default="hybrid")
     parser.add_argument("--format", default="int8", metavar="FORMAT")
     parser.add_argument("--depth", type=int, default=512, metavar="TOKENS")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--sequences", type=int, default=1, help="with --capture: rows of a step")
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--steps", type=positive, default=100)
+    parser.add_argument("--sequences", type=positive, default=1, help="with --capture: rows of a step")
     parser.add_argument("--memory", action="store_true", help="list what lies in memory instead")
     parser.add_argument("--capture", action="store_true", help="compare captured steps with eager ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -157,7 +157,10 @@ def main() -> int:
     import triton
     from kernels.triton.launches import launches
 
-    names = given.names or list(launches())
+    every = launches()
+    if unknown := [name for name in given.names if name not in every]:
+        parser.error(f"nothing is launched under the name {unknown[0]!r}; {TABLE.name} has all of them")
+    names = given.names or list(every)
     pairs = [(name, capability) for name in names for capability in CAPABILITIES]
     # A fork of a process whose torch has threads may wait for them forever.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:

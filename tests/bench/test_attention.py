@@ -47,6 +47,14 @@ def test_the_json_is_what_is_watched(
     assert 0 < max(saved["raw_read_gbps_beside"]) <= printed["raw_read_gbps"] + 0.001
 
 
+@pytest.mark.parametrize("threads", ["0", "-1", "two", ""])
+def test_threads_are_counted_from_one(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        attention.main([f"--threads={threads}"])
+    assert ended.value.code == 2
+    assert f"argument --threads: '{threads}' is no number of 1 or more" in capsys.readouterr().err
+
+
 @needs_library
 @pytest.mark.parametrize("forced", ["", "baseline"])
 def test_the_header_names_the_instruction_set_in_use(

@@ -52,6 +52,12 @@ def test_kernels_take_no_more_than_the_table_says() -> None:
     assert all(re.search(r" 0 local$", line) for line in lines)
 
 
+def test_a_name_that_nothing_has_is_told() -> None:
+    done = subprocess.run([sys.executable, TOOL, "attend"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("nothing is launched under the name 'attend'; gate.toml has all of them\n")
+
+
 def test_whatever_grows_is_named(gate: Any) -> None:
     table: dict[str, Any] = {"a": {"sm_90": {"registers": 64, "shared": 0, "instructions": 3.5}}}
     found = gate.Found(registers=64, shared=0, instructions=3.5, local=0)
