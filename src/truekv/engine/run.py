@@ -162,7 +162,7 @@ def _kept(rows_NV: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -
 def _masses(
     rows_NV: torch.Tensor, best_NK: torch.Tensor, counts: Sequence[int], read: Sequence[Reading]
 ) -> torch.Tensor:
-    """Return the masses of rows where a chunk's top_p is a share of them, else zeros: float64 [N], on the device."""
+    """Return the masses of rows where a chunk's top_p is a share of them: float64 [N], zeros where nobody's is."""
     shares = [one.temperature if one.top_p < 1 and not one.min_p else 0.0 for one in read]
     if not any(count and share for count, share in zip(counts, shares, strict=True)):
         return torch.zeros(len(rows_NV), dtype=torch.float64)
