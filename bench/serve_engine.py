@@ -67,7 +67,7 @@ class Size:
     embedded: str = "tiny-hybrid"
 
 
-QUICK: Final = Size(concurrent=(1, 8, 16), prompt=32, answer=24, rounds=2)
+QUICK: Final = Size(prompt=32, answer=24, rounds=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +347,7 @@ def _shown(value: Any) -> str:  # noqa: ANN401 (JSON)
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or the JSON object, and keep everything for bench.report."""
     parser = argparse.ArgumentParser(prog="python -m bench.serve_engine", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="shorter texts and fewer rounds: under 5 minutes")
+    parser.add_argument("--quick", action="store_true", help="shorter texts and fewer rounds: some 6 minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--no-peer", action="store_true", help="truekv alone")
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="MODEL")
