@@ -34,14 +34,20 @@ class Draw(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How much of a row of logits somebody looks at."""
+    """How much of a row of logits somebody looks at.
+
+    That is a token (of the largest, or the one drawn), the best few, or all. A token drawn and what filters leave are
+    found where the logits lie, and only if it is certain that whole rows would give the same: else those are looked at.
+    """
 
     most: int
     """So many of the best and their places; none where the place of the largest will do."""
     temperature: float = 0.0
     top_p: float = 1.0
     min_p: float = 0.0
-    """Filters that must leave fewer than `most`, else the whole row is looked at. 1 and 0: there are none."""
+    """Filters that must leave fewer than `most`. 1 and 0: there are none."""
+    points: tuple[float, ...] = ()
+    """`Draw.point` of each row, if the token that temperature alone draws will do."""
 
     @property
     def filters(self) -> bool:

@@ -43,9 +43,9 @@ class Answer:
         """How much of those logits anybody looks at."""
         if self._reports(share):
             return Reading(ALL)
-        if not share.samples or (self.sampler.greedy and not self.request.params.logprobs):
+        if not share.samples:
             return Reading(0)
-        return Reading(ALL) if self.request.params.logprobs else self.sampler.reads
+        return Reading(ALL) if self.request.params.logprobs else self.sampler.reads(len(share.drafts))
 
     def likeliest(self, share: Share, places: list[int]) -> list[int]:
         """Return the tokens of a share, given where the largest of its logits are, if those are its tokens."""
@@ -54,7 +54,8 @@ class Answer:
     def draws(self, share: Share, logits_NV: torch.Tensor) -> list[Draw]:
         """Return the draws of a share's tokens where none depends on those before it, else nothing.
 
-        Where only the best logits are there, in order, what is drawn are places among them.
+        Where only the best logits are there, in order, what is drawn are places among them. There is nothing to draw
+        from where the tokens are there themselves.
         """
         if not share.samples or not self.sampler.independent or self.sampler.greedy:
             return []
@@ -63,8 +64,8 @@ class Answer:
     def after(self, share: Share, logits_NV: torch.Tensor, drawn: Sequence[int] = ()) -> tuple[list[Event], int]:
         """Turn the `wanted` logits of a share that has run, not advanced yet, into events.
 
-        `drawn`: what came of `draws`, or is `likeliest`. There need be no logits where the share `reads` none. Also
-        returns how many of the share's drafts are real. Raises ConstraintFailed where a grammar cannot go on.
+        `drawn`: what came of `draws`, is `likeliest` or was drawn where the logits are; then these need not be here.
+        Also returns how many of the share's drafts are real. Raises ConstraintFailed where a grammar cannot go on.
         """
         request = self.request
         events: list[Event] = []

@@ -198,7 +198,10 @@ class Engine:
         return events
 
     def _drawn(self, shares: list[Share], ran: Ran) -> list[list[int]]:
-        """Draw at once what depends on nothing but its logits; a share's list is empty where that is not so."""
+        """Draw at once what depends on nothing but its logits, unless that is done already, where they are.
+
+        A share's list is empty where its tokens depend on more.
+        """
         draws = [
             [] if isinstance(rows, Corrupted) else self._answers[share.request.identity].draws(share, rows)
             for share, rows in zip(shares, ran.rows, strict=True)
@@ -209,9 +212,10 @@ class Engine:
         drawn = {length: iter(self.runner.arena.kernels.draw(group)) for length, group in by_length.items()}
         tokens = [[next(drawn[len(draw.logits)]) for draw in some] for some in draws]
         # The largest logits are known from the look at whether all of them are finite.
+        found = zip(shares, tokens, ran.places, ran.likeliest, ran.drawn, strict=True)
         return [
-            self._answers[share.request.identity].likeliest(share, best) or _named(some, places)
-            for share, some, places, best in zip(shares, tokens, ran.places, ran.likeliest, strict=True)
+            self._answers[share.request.identity].likeliest(share, best) or known or _named(some, places)
+            for share, some, places, best, known in found
         ]
 
     def _advance(self, item: Verified) -> None:

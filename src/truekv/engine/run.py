@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from truekv.core.errors import Corrupted
 from truekv.core.lazy import torch
 from truekv.core.sampling import Reading
-from truekv.engine.settle import masses, settled
+from truekv.engine.settle import drawn, masses, settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +29,15 @@ class Ran:
     rows: list[torch.Tensor | Corrupted]
     """For each chunk the logits of its last wanted tokens, float32 on the host, or why not.
 
-    [wanted, vocab]; none, [0, vocab], of a chunk of which nobody reads any; and where the best will do, those alone,
-    filtered as `settle.py` says where the reading has filters.
+    [wanted, vocab]; none, [0, vocab], of a chunk of which nobody reads any or whose tokens are `drawn`; and where the
+    best will do, those alone, filtered as `settle.py` says where the reading has filters.
     """
     places: list[torch.Tensor | None]
     """For each chunk of which the best logits alone are there, int64 [wanted, count]: which tokens they are."""
     likeliest: list[list[int]]
     """For each of them the place of its largest number, of equal ones the first."""
+    drawn: list[list[int]]
+    """For each chunk the tokens that its reading's points draw; none where it has none, or all logits are there."""
 
 
 class Runner:
@@ -54,14 +56,17 @@ class Runner:
         `apart` all are there if any is. A chunk whose numbers are not finite gets a Corrupted instead of logits;
         Corrupted is raised when the step failed and it is unknown whose fault it was.
         """
+        read = self._readings(wanted, read)
         step = self.arena.reserve(list(chunks))
         with torch.inference_mode():
             hidden_TH = self.forward(step)
             rows, largest = _rows(chunks, wanted), self.arena.kernels.ops.largest
             logits_NV = self._logits(hidden_TH, rows)
-            # One pass over the numbers finds the largest and those that are none; the host waits for both at once.
-            peaks = cast("list[int]", torch.cat([largest(hidden_TH), largest(logits_NV)]).tolist())
-            logits, places = self._to_host(logits_NV, wanted, read)
+            tokens_N = _drawn(logits_NV, wanted, read)
+            # One pass over the numbers finds the largest and those that are none; the host waits for all at once.
+            peaks = cast("list[int]", torch.cat([largest(hidden_TH), largest(logits_NV), tokens_N]).tolist())
+            tokens = _certain(peaks[len(hidden_TH) + len(logits_NV) :], read)
+            logits, places = self._to_host(logits_NV, wanted, read, tokens)
         results: list[torch.Tensor | Corrupted] = []
         likeliest: list[list[int]] = []
         token, row = 0, len(hidden_TH)
@@ -71,7 +76,14 @@ class Runner:
             results.append(part_NV if sound else Corrupted(_sentence(chunk)))
             token += len(chunk.tokens)
             row += count
-        return Ran(hidden_TH, results, places, likeliest)
+        return Ran(hidden_TH, results, places, likeliest, tokens)
+
+    def _readings(self, wanted: Sequence[int], read: Sequence[Reading] | None) -> Sequence[Reading]:
+        """Return how much of each chunk's rows goes to the host: where numbers are there anyway, all or nothing."""
+        vocab = self.model.spec.vocab_size
+        if read is None:
+            return [Reading(vocab)] * len(wanted)
+        return read if self.arena.kernels.ops.apart else [Reading(vocab if one.most else 0) for one in read]
 
     def _logits(self, hidden_TH: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Return float32 [N, vocab] of some tokens, where the model is."""
@@ -82,16 +94,15 @@ class Runner:
         return self.model.logits(hidden_TH).float()
 
     def _to_host(
-        self, logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading] | None
+        self, logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading], tokens: Sequence[list[int]]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """Return each chunk's logits as far as they are read, and their places where those are not all.
 
         What chunks read whole is one copy, and of the others what is left is another; those whose filters leave more
-        than that are read whole afterwards.
+        than that are read whole afterwards. Of those whose `tokens` are known nothing is read.
         """
-        vocab, apart = logits_NV.shape[1], self.arena.kernels.ops.apart
-        read = [Reading(vocab)] * len(wanted) if read is None else read
-        asked = [one.most if apart or not one.most else vocab for one in read]
+        vocab = logits_NV.shape[1]
+        asked = [0 if known else one.most for one, known in zip(read, tokens, strict=True)]
         whole = [count if most >= vocab else 0 for count, most in zip(wanted, asked, strict=True)]
         short = [count if 0 < most < vocab else 0 for count, most in zip(wanted, asked, strict=True)]
         logits = _split(_kept(logits_NV, wanted, whole).cpu(), whole)
@@ -157,6 +168,22 @@ def _kept(rows_NV: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -
         return rows_NV
     parts = zip(_split(rows_NV, wanted), counts, strict=True)
     return torch.cat([part_NV[:count] for part_NV, count in parts])
+
+
+def _drawn(logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading]) -> torch.Tensor:
+    """Return the tokens of all readings' points, int64 [points], where the logits are; -1 where one is not certain."""
+    pairs = [(one.temperature, point) for one in read for point in one.points]
+    if not pairs:
+        return logits_NV.new_empty(0, dtype=torch.int64)
+    temperature_N, point_N = torch.tensor(pairs, dtype=torch.float64).to(logits_NV.device, non_blocking=True).unbind(1)
+    return drawn(_kept(logits_NV, wanted, [len(one.points) for one in read]), temperature_N, point_N)
+
+
+def _certain(tokens: list[int], read: Sequence[Reading]) -> list[list[int]]:
+    """Return the tokens of each reading's points, none where one of them is not certain."""
+    rest = iter(tokens)
+    parts = [[next(rest) for _ in one.points] for one in read]
+    return [part if min(part, default=0) >= 0 else [] for part in parts]
 
 
 def _masses(

@@ -97,21 +97,23 @@ class Sampler:
         """Whether each token is the first of the largest logits of its row, whatever they are."""
         return self.independent and (self.params.temperature == 0 or self.params.top_k == 1)
 
-    @property
-    def reads(self) -> Reading:
-        """How much of a row a draw looks at.
+    def reads(self, drafts: int = 0) -> Reading:
+        """How much is looked at of the rows of the next token and of so many drafts after it.
 
-        With top_k so many of the best and one more, which says that there are others: so the draw takes the way that it
-        takes in the whole row, and adds up the same numbers in the same order. With top_p or min_p alone as many of the
-        best as they hardly ever leave.
+        Where a token is that of the largest, or temperature alone draws it, the token will do. With top_k so many of
+        the best and one more, which says that there are others: so the draw takes the way that it takes in the whole
+        row, and adds up the same numbers in the same order. With top_p or min_p alone as many of the best as they
+        hardly ever leave.
         """
         params = self.params
+        if self.greedy:
+            return Reading(0)
         if not self.independent or params.top_k >= MOST_READ:
             return Reading(ALL)
         if params.top_k:
             return Reading(params.top_k + 1)
         if params.top_p == 1 and params.min_p == 0:
-            return Reading(ALL)
+            return Reading(ALL, params.temperature, points=tuple(map(self._point, range(1 + drafts))))
         return Reading(MOST_READ, params.temperature, params.top_p, params.min_p)
 
     def ask(self, logits_V: torch.Tensor, ahead: int = 0) -> Draw:
@@ -120,9 +122,8 @@ class Sampler:
         Logits are finite float32 [vocab] on the CPU and stay as they are; or as much of them as this `reads`. Raises
         ConstraintFailed where the grammar cannot go on.
         """
-        params = self.params
-        point = 0.0 if params.temperature == 0 else draw(self.seed or 0, self._chosen + ahead)
-        if self.reads.filters and len(logits_V) < self._vocab_size:
+        params, point = self.params, self._point(ahead)
+        if len(logits_V) < self._vocab_size and self.reads().filters:
             # Filtered already: see settle.py.
             return Draw(logits_V, params.temperature, 0, params.top_p if params.min_p else 1.0, 0.0, point)
         adjusted_V = self._adjust(logits_V)
@@ -150,6 +151,9 @@ class Sampler:
         """Draw the next token of the answer from its row alone, and remember it."""
         (token,) = self.sampling.draw([self.ask(logits_V)])
         return self.take(token)
+
+    def _point(self, ahead: int) -> float:
+        return 0.0 if self.params.temperature == 0 else draw(self.seed or 0, self._chosen + ahead)
 
     def _adjust(self, logits_V: torch.Tensor) -> torch.Tensor:
         """Apply what can change the best token; the row itself is returned where nothing applies."""
