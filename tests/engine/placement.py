@@ -37,7 +37,7 @@ from truekv.models.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-DRAFTS, SEQUENCES, BEST = 3, 3, 7
+DRAFTS, SEQUENCES, BEST = 3, 4, 7
 launched: Counter[str] = Counter()
 
 
@@ -118,9 +118,11 @@ def serve(directory: Path, kv: str, dtype: Any, device: torch.device, *, misplac
     shapes: list[list[tuple[int, ...]]] = []
     for count, drafts, wanted in ((40, 0, 1), (3, 0, 0), (1, 0, 1), (1 + DRAFTS, DRAFTS, 1 + DRAFTS)):
         chunks = [Chunk(sequence, [1] * count, drafts, DRAFTS) for sequence in held]
-        ran = runner.run(chunks, [wanted] * SEQUENCES, [Reading(ALL), Reading(0), Reading(BEST)])
+        drawn = Reading(ALL, 0.8, points=(0.5,) * wanted)
+        ran = runner.run(chunks, [wanted] * SEQUENCES, [Reading(ALL), Reading(0), Reading(BEST), drawn])
         rows = [part for part in ran.rows if isinstance(part, torch.Tensor)]
         assert ran.hidden.device == device
+        assert [len(tokens) for tokens in ran.drawn] == [0, 0, 0, wanted]
         assert all(part.device.type == "cpu" for part in rows)
         assert all(part is None or part.device.type == "cpu" for part in ran.places)
         shapes.append([tuple(part.shape) for part in rows])

@@ -43,13 +43,13 @@ def test_whole_models_on_a_device_that_is_not_there(directories: list[Path]) -> 
         # A prompt runs as it is, and so does a short one that is no step of drafts; the others are replayed.
         assert (served["eager"], served["replays"]) == (1, 3), name
         prompt, nothing, token, drafts = served["logits"]
-        assert [len(shapes) for shapes in served["logits"]] == [3] * 4
-        assert [rows for rows, _ in nothing] == [0, 0, 0]
-        # Of the second sequence nobody reads any.
-        assert [rows for rows, _ in prompt] == [rows for rows, _ in token] == [1, 0, 1]
-        assert [rows for rows, _ in drafts] == [4, 0, 4]
+        assert [len(shapes) for shapes in served["logits"]] == [4] * 4
+        assert [rows for rows, _ in nothing] == [0, 0, 0, 0]
+        # Of the second sequence nobody reads any, and of the fourth the tokens are drawn where the logits are.
+        assert [rows for rows, _ in prompt] == [rows for rows, _ in token] == [1, 0, 1, 0]
+        assert [rows for rows, _ in drafts] == [4, 0, 4, 0]
         # And of the third the best alone.
-        (whole, vocab), _, (best, few) = drafts
+        (whole, vocab), _, (best, few), _ = drafts
         assert (whole, best, few) == (4, 4, 7)
         assert vocab > few
         assert served["drafted"] == (name.split()[0] == DRAFTING.name)

@@ -42,6 +42,7 @@ _TRIED = (
     "test_drafts_change_nothing[on]",
     "test_logits_leave_the_device_only_where_somebody_reads_them",
     "test_of_most_rows_the_best_logits_are_all_that_filters_need",
+    "test_tokens_drawn_on_the_device_are_those_of_the_host[1.0]",
     "test_weights_and_memory_lie_on_the_device",
 )
 

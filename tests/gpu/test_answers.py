@@ -10,9 +10,11 @@ from gpu.place import CAPTURED, DEVICE, ON_DEVICE, OPTIONS
 
 from truekv import LLM, SamplingParams
 from truekv.core.options import Speculation
-from truekv.engine import sample
+from truekv.core.sampling import Draw
+from truekv.engine import sample, settle
 from truekv.engine.run import Runner
 from truekv.kernels.cuda import kernel
+from truekv.kernels.table import fastest_sampling
 from truekv.serve.assemble import EMBEDDED
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def test_logits_leave_the_device_only_where_somebody_reads_them(monkeypatch: pyt
             {"temperature": 0.8, "top_k": 1, "seed": 4},
             {"logprobs": 2},
             {"repetition_penalty": 1.1},
+            {"temperature": 0.8, "seed": 6},
             {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "seed": 5},
         )
     ]
@@ -78,11 +81,13 @@ def test_logits_leave_the_device_only_where_somebody_reads_them(monkeypatch: pyt
     ours = LLM("tiny-dense", **options, **OPTIONS)  # type: ignore[arg-type]
     theirs = LLM("tiny-dense", **options, device="cpu")  # type: ignore[arg-type]
     steps: list[list[torch.Tensor]] = []
+    drawn: list[list[int]] = []
     run = Runner.run
 
     def seen(*given: Any) -> Ran:
         ran = run(*given)
         steps.append([part for part in ran.rows if isinstance(part, torch.Tensor)])
+        drawn.append([*map(len, ran.drawn)])
         return ran
 
     prompts = [[10 * index + 1, 7, 3, 5] for index in range(len(asked))]
@@ -90,7 +95,8 @@ def test_logits_leave_the_device_only_where_somebody_reads_them(monkeypatch: pyt
     monkeypatch.setattr(Runner, "run", seen)
     assert [answer.tokens for answer in ours.generate(prompts, asked)] == expected
     assert all(part.device.type == "cpu" for parts in steps for part in parts)
-    assert {(*map(len, parts),) for parts in steps} == {(0, 1, 0, 1, 1, 1)}
+    assert {(*map(len, parts),) for parts in steps} == {(0, 1, 0, 1, 1, 0, 1)}
+    assert drawn == [[0, 0, 0, 0, 0, 1, 0]] * len(steps)
     assert all(parts[-1].shape == (1, 21) for parts in steps)
     # In every step one call for the second request, one for the last and one for that whose repetitions are punished.
     assert ours._blueprint.kernels.calls["sample"] == 3 * LONGEST
@@ -127,6 +133,29 @@ def test_of_most_rows_the_best_logits_are_all_that_filters_need(monkeypatch: pyt
     # A flat row is read whole.
     assert {step[3] for step in read} == {theirs._engine.runner.model.spec.vocab_size}
     assert all(min(step[index] for step in read) == 64 for index in range(3))
+
+
+@pytest.mark.parametrize("spread", [6.0, 1.0, 0.0])
+def test_tokens_drawn_on_the_device_are_those_of_the_host(spread: float) -> None:
+    rows, vocabulary = 200 if ON_DEVICE else 6, 151_936
+    make = torch.Generator().manual_seed(5)
+    logits = spread * torch.randn(rows, vocabulary, generator=make)
+    points = torch.rand(rows, dtype=torch.float64, generator=make)
+    temperatures = 0.3 + 2 * torch.rand(rows, dtype=torch.float64, generator=make)
+    found = settle.drawn(logits.to(DEVICE), temperatures.to(DEVICE), points.to(DEVICE))
+    sides = zip(logits, temperatures.tolist(), points.tolist(), strict=True)
+    draws = [Draw(row, temperature, 0, 1.0, 0.0, point) for row, temperature, point in sides]
+    expected = fastest_sampling().draw(draws)
+    assert found.device.type == DEVICE
+    # Among so many unlikely tokens a point may be near an edge.
+    wrong = [(own, other) for own, other in zip(found.tolist(), expected, strict=True) if own not in {-1, other}]
+    assert not wrong
+    assert (found < 0).sum() <= 1
+    # At the end of any token it is.
+    sums = (logits.double() - logits.amax(1).double()[:, None]).div_(temperatures[:, None]).exp_().cumsum_(1)
+    edges = torch.randint(vocabulary, (rows, 1), generator=make)
+    points = (sums.gather(1, edges) / sums[:, -1:])[:, 0].clamp(max=1 - 2**-53)
+    assert settle.drawn(logits.to(DEVICE), temperatures.to(DEVICE), points.to(DEVICE)).tolist() == [-1] * rows
 
 
 def test_weights_and_memory_lie_on_the_device() -> None:

@@ -12,6 +12,8 @@ from random_models import save_dense, save_hybrid, save_latent, save_mamba
 from truekv import LLM, SamplingParams
 from truekv.core.options import Speculation
 from truekv.core.sampling import Draw
+from truekv.engine import sample
+from truekv.engine.events import Failed
 from truekv.engine.run import Runner
 from truekv.kernels.triton import ops
 from truekv.kernels.triton.interpreter import INTERPRETED
@@ -66,12 +68,15 @@ def test_answers_with_drafts_are_those_without(saved: Callable[[str], str], fami
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_greedy_tokens_are_chosen_where_the_logits_are(
+def test_tokens_are_chosen_where_the_logits_are(
     saved: Callable[[str], str], drafts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside sampled ones, of which logits can be read, or the best of them; drafts are verified like any token."""
+    """Greedy ones and those of temperature alone, beside others, of which all logits or the best of them are read.
+
+    Drafts are verified like any token.
+    """
     speculation = Speculation(num_speculative_tokens=drafts, adaptive=False) if drafts else None
-    options = {"kv_cache_dtype": "f32", "speculative_config": speculation, "max_num_seqs": 4}
+    options = {"kv_cache_dtype": "f32", "speculative_config": speculation, "max_num_seqs": 5}
     ours, theirs = (
         LLM(saved("dense"), kernel_backend=name, max_model_len=64, sentinel=False, **options)  # type: ignore[arg-type]
         for name in ("triton", "native")
@@ -93,8 +98,9 @@ def test_greedy_tokens_are_chosen_where_the_logits_are(
         SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, seed=5),
         SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, top_k=1),
         SamplingParams(max_tokens=10, ignore_eos=True, temperature=1.1, top_k=30, top_p=0.95, min_p=0.01, seed=7),
+        SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.9, logprobs=1, seed=5),
     ]
-    prompts = [PROMPT, PROMPT[1:], PROMPT[2:], PROMPT[3:]]
+    prompts = [PROMPT, PROMPT[1:], PROMPT[2:], PROMPT[3:], PROMPT[4:]]
     expected = theirs.generate(prompts, params)
     # Of the CPU's sampler too, which is given every row of the reference's logits.
     for place in (0, 2):
@@ -104,12 +110,13 @@ def test_greedy_tokens_are_chosen_where_the_logits_are(
     monkeypatch.setattr(Runner, "run", seen)
     monkeypatch.setattr(ops.OPS, "largest", found)
     assert [answer.tokens for answer in ours.generate(prompts, params)] == [answer.tokens for answer in expected]
-    whole = [ran for ran in steps if len(ran.rows) == 4]
+    whole = [ran for ran in steps if len(ran.rows) == 5]
     assert whole
     for ran in whole:
-        drawn, best = (len(ran.likeliest[index]) for index in (1, 3))
+        drawn, best, read = (len(ran.likeliest[index]) for index in (1, 3, 4))
         shapes_of = [tuple(part.shape) for part in ran.rows if isinstance(part, torch.Tensor)]
-        assert shapes_of == [(0, 320), (drawn, 320), (0, 320), (best, 31)]
+        assert shapes_of == [(0, 320), (0, 320), (0, 320), (best, 31), (read, 320)]
+        assert [len(tokens) for tokens in ran.drawn] == [0, drawn, 0, 0, 0]
         assert all(len(places) >= 1 for places in ran.likeliest)
     assert [shape for shape in shapes if shape[1] == 320] == [(sum(map(len, ran.likeliest)), 320) for ran in steps]
     # One call for the rows that are whole, and one for those of which there are the best alone.
@@ -117,3 +124,71 @@ def test_greedy_tokens_are_chosen_where_the_logits_are(
     assert ours._blueprint.kernels.calls["sample"] == sum(read)
     # Some of the drafts were right, some wrong.
     assert drafts == 0 or 0 < sum(ours.stats["accepted"]) < sum(ours.stats["drafted"])
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_rows_whose_point_is_at_an_edge_are_read_whole(
+    saved: Callable[[str], str], drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point of zero is the edge of the first token that weighs; what is drawn ahead may be the one at the edge."""
+    number = sample.draw
+    monkeypatch.setattr(sample, "draw", lambda seed, index: 0.0 if index % 4 == 3 else number(seed, index))
+    speculation = Speculation(num_speculative_tokens=drafts, prompt_lookup_max=2, adaptive=False) if drafts else None
+    options = {"kv_cache_dtype": "f32", "speculative_config": speculation, "max_num_seqs": 2}
+    ours, theirs = (
+        LLM(saved("dense"), kernel_backend=name, max_model_len=64, sentinel=False, **options)  # type: ignore[arg-type]
+        for name in ("triton", "native")
+    )
+    steps: list[tuple[list[int], Ran]] = []
+    run = Runner.run
+
+    def seen(runner: Runner, chunks: Any, wanted: list[int], read: Any) -> Ran:
+        steps.append((wanted, run(runner, chunks, wanted, read)))
+        return steps[-1][1]
+
+    # So cold that it repeats itself, and drafts come true.
+    params = [SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.05, seed=seed) for seed in (1, 2)]
+    prompts = [PROMPT, PROMPT[1:]]
+    expected = [answer.tokens for answer in theirs.generate(prompts, params)]
+    monkeypatch.setattr(Runner, "run", seen)
+    assert [answer.tokens for answer in ours.generate(prompts, params)] == expected
+    assert expected[0][3] == expected[1][3] == 0
+    found = [one for wanted, ran in steps for one in zip(wanted, ran.rows, ran.drawn, strict=True) if one[0]]
+    for count, rows, drawn in found:
+        # The tokens, or what they are drawn from.
+        assert (len(rows), len(drawn)) in {(count, 0), (0, count)}  # type: ignore[arg-type]
+    assert {len(drawn) > 0 for _, _, drawn in found} == {True, False}
+    if not drafts:
+        assert sum(not drawn for _, _, drawn in found) == 2 * 3
+    else:
+        assert {count for count, _, drawn in found if drawn} >= {1, 3}
+        assert max(count for count, _, drawn in found if not drawn) == 3
+
+
+def test_of_rows_that_are_not_finite_no_token_is_drawn(
+    saved: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request ends and says why; another, whose token is drawn in the same pass, goes on."""
+    llm = LLM(
+        saved("dense"), kernel_backend="triton", max_model_len=64, sentinel=False, kv_cache_dtype="f32", max_num_seqs=2
+    )
+    engine, params = llm._engine, SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, seed=3)
+    (healthy,) = llm.generate([PROMPT[1:]], params)
+    logits, rows = engine.runner.model.logits, list[int]()
+
+    def spoilt(hidden: torch.Tensor) -> torch.Tensor:
+        found = logits(hidden)
+        rows.append(len(found))
+        if len(rows) == 3:
+            found[0, 100] = torch.nan
+        return found
+
+    monkeypatch.setattr(engine.runner.model, "logits", spoilt)
+    requests = [engine.add(prompt, params) for prompt in (PROMPT, PROMPT[1:])]
+    events = list(engine.run(requests))
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.request == requests[0].identity
+    assert "are not finite; no token was made from them" in str(failed.error)
+    assert len(requests[0].generated) == 2
+    assert requests[1].generated == healthy.tokens
+    assert rows == [2, 2, 2, 1, 1, 1]
