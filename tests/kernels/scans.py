@@ -54,14 +54,18 @@ class Case:
 
 
 def random_case(
-    layer: Recurrent, dtype: torch.dtype, seed: int, lengths: Sequence[int] = (0, 1, 1, 2, 5, 31, 32, 33, 70)
+    layer: Recurrent,
+    dtype: torch.dtype,
+    seed: int,
+    lengths: Sequence[int] = (0, 1, 1, 2, 5, 31, 32, 33, 70),
+    most_drafts: int = DRAFTS,
 ) -> Case:
-    """Rows of any of the lengths in any slots, any number replayed, any number drafts; all else in memory is NaN."""
+    """Rows of any of the lengths in any slots, any number replayed, some of them drafts; all else in memory is NaN."""
     chance, make = random.Random(seed), torch.Generator().manual_seed(seed)
     rows = chance.randint(1, 5)
     counts = [chance.choice(lengths) for _ in range(rows)]
     counts[chance.randrange(rows)] = chance.randint(1, max(lengths))
-    drafts = [chance.randint(0, min(count, DRAFTS)) for count in counts]
+    drafts = [chance.randint(0, min(count, most_drafts)) for count in counts]
     replay = [chance.randint(0, DRAFTS) for _ in counts]
     slots = chance.sample(range(SLOTS), rows)
     heads, tokens = layer.state[0].shape[0], sum(counts)

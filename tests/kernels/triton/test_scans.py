@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from kernels.scans import SLOTS, far, name_of, random_case
+from kernels.scans import SLOTS, Case, far, name_of, random_case
+from kernels.triton.tensor_core import tensor_core_dot
 from memory.toys import Toy, gdn, make_arena, mamba2, random_tokens
+from triton.runtime.interpreter import InterpreterBuilder
 
 from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.folder import members
+from truekv.kernels.triton import gdn as gdn_kernels
+from truekv.kernels.triton import mamba2 as mamba2_kernels
+from truekv.kernels.triton.chunks import LONG, TOKENS, most_chunks
 from truekv.kernels.triton.gdn import VALUES
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.mamba2 import DIMS
-from truekv.kernels.triton.timeline import CHANNELS, PLACES
+from truekv.kernels.triton.timeline import CHANNELS, PLACES, SPAN
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from truekv.core.protocols import ScanKernel
     from truekv.core.spec import Recurrent
 
@@ -26,6 +33,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiled kernels run on
 
 REFERENCE = cast("dict[str, ScanKernel]", members("truekv.kernels.reference", "SCAN"))
 TRITON = cast("dict[str, ScanKernel]", members("truekv.kernels.triton", "SCAN"))
+KERNELS = {"gdn": gdn_kernels, "mamba2": mamba2_kernels}
 
 # Odd sizes, several blocks of channels and of values, and many taps.
 LAYERS = (
@@ -39,7 +47,14 @@ LAYERS = (
     mamba2(heads=4, head_dim=40, groups=2, size=33, taps=8),
 )
 SMALL = (LAYERS[0], LAYERS[4])
+# Several blocks of values and of a state's lines, the last of them not full.
+TALL = (
+    gdn(key_heads=1, value_heads=2, key_dim=35, value_dim=40, taps=2),
+    mamba2(heads=2, head_dim=40, groups=1, size=35, taps=2),
+)
 LENGTHS = (0, 1, 1, 2, PLACES - 1, PLACES + 3)
+# Around one chunk and two, with those that go token by token among them.
+LONGER = (1, LONG - 1, LONG, LONG + 1, TOKENS - 1, TOKENS, TOKENS + 1, 2 * TOKENS + 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
@@ -63,6 +78,112 @@ def test_layers_of_both_rules_take_several_blocks() -> None:
     for layer, most in ((LAYERS[3], VALUES), (LAYERS[7], DIMS)):
         assert layer.log[0].shape[0] > CHANNELS
         assert max(layer.state[0].shape[1:]) > most
+
+
+@pytest.fixture(params=["float32", "three parts of TF32"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products as the interpreter computes them, and as a tensor core does what the kernels ask for."""
+    if request.param == "float32":
+        yield
+        return
+    done = [0]
+
+    def counted(*arguments: Any) -> Any:
+        done[0] += 1
+        return tensor_core_dot(*arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    yield
+    assert done[0] > 0
+
+
+def in_chunks(case: Case) -> list[bool]:
+    """Which rows go so; some are short, and of long ones there are some with drafts and some without."""
+    count, long = case.step.count, (case.step.count >= LONG) & (case.step.certain == case.step.count)
+    assert long.any()
+    assert ((count >= LONG) & ~long).any()
+    assert (count < LONG).any()
+    return long.tolist()
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("layer", TALL, ids=name_of)
+def test_long_rows_are_the_references(layer: Recurrent) -> None:
+    case = random_case(layer, torch.float32, 10, LONGER, most_drafts=1)
+    assert any(in_chunks(case))
+    assert case.step.count.max() > SPAN
+    expected, expected_state, expected_log = case.run(REFERENCE[layer.rule])
+    got, state, log = case.run(TRITON[layer.rule])
+    slots = case.step.slot
+    assert far(got, expected) < 2e-6
+    assert far(state["state"][slots], expected_state["state"][slots]) < 2e-6
+    assert torch.equal(state["conv"][slots], expected_state["conv"][slots])
+    drafts = (case.step.count - case.step.certain).tolist()
+    for name, slab in log.items():
+        for slot, logged in zip(slots.tolist(), drafts, strict=True):
+            assert torch.equal(slab[slot, :logged], expected_log[name][slot, :logged])
+
+
+@pytest.mark.parametrize("layer", SMALL, ids=name_of)
+def test_what_goes_in_chunks_adds_up_in_another_order(layer: Recurrent, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(layer, torch.float32, 29, LONGER, most_drafts=1)
+    got, _, _ = case.run(TRITON[layer.rule])
+    monkeypatch.setattr(KERNELS[layer.rule], "LONG", 10**6)
+    by_tokens, _, _ = case.run(TRITON[layer.rule])
+    for row, long in enumerate(in_chunks(case)):
+        own = case.step.gather[row, : case.step.count[row]]
+        assert torch.equal(got[own], by_tokens[own]) != long
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("layer", TALL, ids=name_of)
+def test_strong_decays_and_keys_that_repeat_lose_nothing(layer: Recurrent) -> None:
+    case = random_case(layer, torch.float32, 1, (2 * TOKENS + 5,), most_drafts=0)
+    tokens, heads = len(case.inputs["conv"]), layer.state[0].shape[0]
+    # What is left after the strong ones has to be as good as without them.
+    decay = torch.full((tokens, heads), -1e-3)
+    decay[::7] = -90.0
+    decay[5::7] = 0.0
+    if layer.rule == "gdn":
+        case.inputs["decay"] = decay
+        case.inputs["beta"] = torch.full((tokens, heads), 0.9999)
+        keys = (layer.log[0].shape[0] - heads * layer.state[0].shape[2]) // 2
+        case.inputs["conv"] = case.inputs["conv"].clone()
+        case.inputs["conv"][:, keys : 2 * keys] = case.inputs["conv"][:1, keys : 2 * keys]
+    else:
+        case.inputs["dt"] = -decay
+        case.weights["A"] = -torch.ones(heads)
+    expected, expected_state, _ = case.run(REFERENCE[layer.rule])
+    got, state, _ = case.run(TRITON[layer.rule])
+    assert case.step.count.max() > TOKENS
+    slots = case.step.slot
+    assert far(got, expected) < 4e-6
+    assert far(state["state"][slots], expected_state["state"][slots]) < 4e-6
+
+
+@pytest.mark.parametrize("layer", SMALL, ids=name_of)
+def test_companions_and_whole_chunks_change_no_long_row_bitwise(layer: Recurrent) -> None:
+    toy, tokens = Toy((layer,)), random_tokens(4 * TOKENS + 20)
+    alone = make_arena((layer,), max_num_seqs=1, backend="triton")
+    expected = toy.feed(alone, alone.open(), tokens)
+    arena = make_arena((layer,), backend="triton")
+    sequence, companion = arena.open(), arena.open()
+    start = 0
+    for count in (TOKENS, 2 * TOKENS, TOKENS, 20):
+        chunks = [Chunk(sequence, tokens[start : start + count]), Chunk(companion, random_tokens(40, seed=count))]
+        (out, _) = toy.run(arena, *chunks)
+        same = expected[start : start + count]
+        # What is left is fewer than go in chunks, so it goes token by token.
+        assert torch.equal(out, same) if count >= LONG else far(out, same) < 2e-6
+        for chunk in chunks:
+            arena.advance(chunk.sequence, len(chunk.tokens))
+        start += count
+
+
+def test_more_numbers_than_32_bits_count_are_refused() -> None:
+    case = random_case(LAYERS[0], torch.float32, 0, (LONG,), most_drafts=0)
+    with pytest.raises(Refused, match=r"count numbers of a step in 32 bits, which \d+ places of 100000000 exceed"):
+        most_chunks(case.step, 5, 10**8)
 
 
 @pytest.mark.parametrize("layer", SMALL, ids=name_of)
@@ -115,7 +236,11 @@ def test_chunks_drafts_and_companions_change_nothing_bitwise(layer: Recurrent, d
     sequence, companion = arena.open(), arena.open()
     tokens = random_tokens(60)
     whole = make_arena((layer,), poison=False, max_num_seqs=1, backend="triton")
-    expected = toy.feed(whole, whole.open(), tokens)
+    beginning = whole.open()
+    # In pieces that go token by token, as all that is compared does.
+    expected = torch.cat(
+        [toy.feed(whole, beginning, tokens[start : start + LONG - 1]) for start in range(0, 60, LONG - 1)]
+    )
     for turn, count in enumerate((1, 2, PLACES + 3, 1, 5)):
         start = sequence.position
         guesses = random_tokens(drafts, seed=turn)

@@ -1,8 +1,10 @@
 """Mamba-2's rule on a CUDA device: see kernels/reference/mamba2.py, which says what it computes.
 
 One program per row, head and block of the head's dims: it reads its part of the state once, carries it through the
-row's tokens and writes it once. Token by token also in a long prompt, so that a token's bits depend on no chunk.
+row's tokens and writes it once. Long rows go in chunks (chunks.py), as Dao and Gu ("Transformers are SSMs") do.
 """
+
+# Shape suffixes: N tokens of a chunk, P dims of a head, S numbers of the state for each.
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ import triton
 import triton.language as tl
 
 from truekv.core.lazy import torch
-from truekv.kernels.triton.timeline import laid_at, lay_out
+from truekv.kernels.triton.chunks import (
+    LINES,
+    LONG,
+    OPTIONS,
+    fade,
+    laid_all,
+    long_row,
+    most_chunks,
+    read_columns,
+    write_columns,
+)
+from truekv.kernels.triton.timeline import PARTS_OF_A_STEP, laid_at, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,17 +57,30 @@ def scan(
     out_THP = torch.zeros(tokens, heads, head_dim, dtype=torch.float32, device=mixed.device)
     numbers = triton.next_power_of_2(size)
     dims = min(DIMS, triton.next_power_of_2(head_dim), max(1, NUMBERS // numbers))
-    carry[(triton.cdiv(head_dim, dims), heads, rows)](
-        *(state["state"], mixed, gates, out_THP),
-        *(weights[name].float().contiguous() for name in ("A", "D")),
-        *(step.gather, step.count, step.certain, step.replay, step.slot),
-        *(tokens, longest, mixed.shape[1], heads, shared // size),
-        DRAFTS=log["conv"].shape[1],
+    rates, skips = (weights[name].float().contiguous() for name in ("A", "D"))
+    drafts = log["conv"].shape[1]
+    walk = (step.gather, step.count, step.certain, step.replay)
+    lengths = (tokens, longest, mixed.shape[1], heads, shared // size)
+    grid = (triton.cdiv(head_dim, dims), heads, rows)
+    carry[grid](
+        *(state["state"], mixed, gates, out_THP, rates, skips, *walk, step.slot, *lengths),
+        DRAFTS=drafts,
         P=head_dim,
         S=size,
         DIMS=dims,
         SIZE=numbers,
+        LONG=LONG,
     )
+    if longest >= LONG:
+        each = (most_chunks(step, drafts, max(mixed.shape[1], heads * head_dim)), heads, rows)
+        constants = {"DRAFTS": drafts, "P": head_dim, "S": size, **OPTIONS}
+        advance[grid](
+            *(state["state"], mixed, gates, out_THP, rates, *walk, step.slot, *lengths),
+            DIMS=max(16, dims),
+            num_stages=1,
+            **{**constants, "LINES": LINES // 2},
+        )
+        answer[each](mixed, gates, out_THP, rates, skips, *walk, *lengths, num_warps=8, **constants)
     return out_THP
 
 
@@ -70,7 +96,7 @@ def _read(mixed, gates, at, channels, heads, groups, head, dim, state, P: tl.con
     return x, b, c, tl.load(gates + at * heads + head)
 
 
-@triton.jit(do_not_specialize=["tokens", "longest"])
+@triton.jit(do_not_specialize=["tokens", "longest"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
 def carry(
     states,
     mixed,
@@ -93,14 +119,15 @@ def carry(
     S: tl.constexpr,
     DIMS: tl.constexpr,
     SIZE: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """One program per block of a head's dims, head and row."""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     old = tl.load(replays + row).to(tl.int32)
-    total = old + tl.load(counts + row).to(tl.int32)
-    if total == 0:
+    count, certain = tl.load(counts + row).to(tl.int32), tl.load(certains + row).to(tl.int32)
+    total, kept = old + count, old + certain
+    if (total == 0) | ((count >= LONG) & (certain == count)):
         return
-    kept = old + tl.load(certains + row).to(tl.int32)
     rate, skip = tl.load(rates + head), tl.load(skips + head)
     dim, state = block * DIMS + tl.arange(0, DIMS), tl.arange(0, SIZE)
     real = (dim < P)[:, None] & (state < S)[None, :]
@@ -121,6 +148,113 @@ def carry(
         at, x, b, c, dt = next_at, next_x, next_b, next_c, next_dt
     if kept == total:
         tl.store(held, h, mask=real)
+
+
+@triton.jit(do_not_specialize=["tokens", "longest"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+def advance(
+    states,
+    mixed,
+    gates,
+    out,
+    rates,
+    gathers,
+    counts,
+    certains,
+    replays,
+    slots,
+    tokens,
+    longest,
+    channels,
+    heads,
+    groups,
+    DRAFTS: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    DIMS: tl.constexpr,
+    LONG: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LINES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program per block of a head's dims, head and row; leaves what tokens read of the state before their chunk."""
+    first_dim, head, row = tl.program_id(0) * DIMS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    old, total = long_row(counts, certains, replays, row, LONG)
+    rate, dim_P = tl.load(rates + head), first_dim + tl.arange(0, DIMS)
+    states += (tl.load(slots + row) * heads + head) * P * S
+    gather, replayed = gathers + row * longest, (tokens + row * DRAFTS).to(tl.int32)
+    b, c = heads * P + (head * groups // heads) * S, heads * P + (groups + head * groups // heads) * S
+    for start in range(0, total, TOKENS):
+        place_N = start + tl.arange(0, TOKENS)
+        inside_N = place_N < total
+        at_N = laid_all(gather, place_N, total, old, replayed)
+        gate_N = at_N * heads + head
+        dt_N = tl.load(gates + gate_N, mask=inside_N, other=0.0)
+        _, begin_N, end_N = fade(dt_N * rate)
+        left = tl.exp(tl.sum(dt_N * rate, 0))
+        x_NP = read_columns(mixed + head * P, at_N * channels, inside_N, first_dim, P, DIMS) * (dt_N * end_N)[:, None]
+        y_NP = tl.zeros((TOKENS, DIMS), tl.float32)
+        for first in range(0, S, LINES):
+            c_NS = read_columns(mixed + c, at_N * channels, inside_N, first, S, LINES)
+            b_NS = read_columns(mixed + b, at_N * channels, inside_N, first, S, LINES)
+            h_PS = read_columns(states, dim_P * S, dim_P < P, first, S, LINES)
+            y_NP = tl.dot(c_NS, tl.trans(h_PS), y_NP, input_precision=PARTS)
+            h_PS = tl.dot(tl.trans(x_NP), b_NS, h_PS * left, input_precision=PARTS)
+            write_columns(states, h_PS, dim_P * S, dim_P < P, first, S, LINES)
+        new_N = inside_N & (place_N >= old)
+        write_columns(out, y_NP * begin_N[:, None], gate_N * P, new_N, first_dim, P, DIMS)
+        # The next chunk's threads read what others have stored.
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["tokens", "longest"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+def answer(
+    mixed,
+    gates,
+    out,
+    rates,
+    skips,
+    gathers,
+    counts,
+    certains,
+    replays,
+    tokens,
+    longest,
+    channels,
+    heads,
+    groups,
+    DRAFTS: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    LONG: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LINES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program per chunk, head and row: add what each token reads of the chunk's own."""
+    start, head, row = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    old, total = long_row(counts, certains, replays, row, LONG)
+    if start >= total:
+        return
+    place_N = start + tl.arange(0, TOKENS)
+    inside_N = place_N < total
+    at_N = laid_all(gathers + row * longest, place_N, total, old, (tokens + row * DRAFTS).to(tl.int32))
+    b, c = heads * P + (head * groups // heads) * S, heads * P + (groups + head * groups // heads) * S
+    score_NN = tl.zeros((TOKENS, TOKENS), tl.float32)
+    for first in range(0, S, LINES):
+        c_NS = read_columns(mixed + c, at_N * channels, inside_N, first, S, LINES)
+        b_NS = read_columns(mixed + b, at_N * channels, inside_N, first, S, LINES)
+        score_NN = tl.dot(c_NS, tl.trans(b_NS), score_NN, input_precision=PARTS)
+    gate_N = at_N * heads + head
+    dt_N = tl.load(gates + gate_N, mask=inside_N, other=0.0)
+    left_NN, _, _ = fade(dt_N * tl.load(rates + head))
+    score_NN *= left_NN * dt_N[None, :]
+    score_NN += tl.where(place_N[:, None] == place_N[None, :], tl.load(skips + head), 0.0)
+    new_N = inside_N & (place_N >= old)
+    for first in range(0, P, LINES):
+        x_NP = read_columns(mixed + head * P, at_N * channels, inside_N, first, P, LINES)
+        y_NP = read_columns(out, gate_N * P, new_N, first, P, LINES)
+        y_NP = tl.dot(score_NN, x_NP, y_NP, input_precision=PARTS)
+        write_columns(out, y_NP, gate_N * P, new_N, first, P, LINES)
 
 
 SCAN: Final[ScanKernel] = scan

@@ -28,6 +28,12 @@ CHANNELS = 128
 """Channels of one program."""
 PLACES = 8
 """Most places that a program convolves at once."""
+SPAN = 64
+"""Places of one program. Only a row's first reads and writes what memory keeps: it has all that were replayed."""
+
+
+PARTS_OF_A_STEP = ("gathers", "counts", "certains", "replays", "slots")
+"""They begin anywhere in one tensor: whether at a multiple of 16 bytes changes from step to step."""
 
 
 class LaidOut(NamedTuple):
@@ -70,7 +76,8 @@ def lay_out(
         torch.empty(len(gates), places, heads, dtype=torch.float32, device=conv_TC.device),
     )
     channel_blocks = triton.cdiv(channels, CHANNELS)
-    prepare[(rows, channel_blocks + 1)](
+    span = max(SPAN, triton.next_power_of_2(drafts + taps))
+    prepare[(rows, channel_blocks + 1, triton.cdiv(drafts + longest, span))](
         conv_TC,
         conv_TC.stride(0),
         taps_CK,
@@ -92,6 +99,7 @@ def lay_out(
         CHANNELS=CHANNELS,
         HEADS=triton.next_power_of_2(heads),
         PLACES=min(PLACES, triton.next_power_of_2(drafts + longest)),
+        SPAN=span,
     )
     return laid
 
@@ -146,10 +154,11 @@ def _lay_gate(
     heads,
     HEADS: tl.constexpr,
     PLACES: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """Copy one number per token and head to where it lies laid out, and the drafts' to the row's log."""
-    head = tl.arange(0, HEADS)[None, :]
-    for start in range(0, total, PLACES):
+    head, begin = tl.arange(0, HEADS)[None, :], tl.program_id(2) * SPAN
+    for start in range(begin, tl.minimum(begin + SPAN, total), PLACES):
         place = start + tl.arange(0, PLACES)[:, None]
         inside = (place < total) & (head < heads)
         token = tl.load(gather + (place - old), mask=(place >= old) & (place < total), other=0)
@@ -157,6 +166,8 @@ def _lay_gate(
         new = tl.load(given + token * heads + head, mask=inside & (place >= old), other=0.0)
         at = tl.where(place < old, replayed + place, token)
         tl.store(gates + at * heads + head, logged.to(tl.float32) + new.to(tl.float32), mask=inside)
+    if begin > 0:
+        return
     # Every thread has read what was accepted before any writes new drafts over it.
     tl.debug_barrier()
     for place in range(kept, total):
@@ -165,7 +176,7 @@ def _lay_gate(
         tl.store(log + ((place - kept) * heads + head), new, mask=head < heads)
 
 
-@triton.jit(do_not_specialize=["tokens", "longest", "places"])
+@triton.jit(do_not_specialize=["tokens", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
 def prepare(
     inputs,
     stride,
@@ -198,12 +209,13 @@ def prepare(
     CHANNELS: tl.constexpr,
     HEADS: tl.constexpr,
     PLACES: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """One program per row and block of channels, and one more per row for the gates."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program per row, block of channels and span of places, and one more per row and span for the gates."""
+    row, block, begin = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * SPAN
     old = tl.load(replays + row).to(tl.int32)
     total = old + tl.load(counts + row).to(tl.int32)
-    if total == 0:
+    if begin >= total:
         return
     kept = old + tl.load(certains + row).to(tl.int32)
     slot = tl.load(slots + row)
@@ -211,16 +223,16 @@ def prepare(
     gather, replayed = gathers + row * longest, tokens + row * DRAFTS
     if block == channel_blocks:
         log = first_logs + slot * DRAFTS * heads
-        _lay_gate(first, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES)
+        _lay_gate(first, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES, SPAN)
         if GATES == 2:
             log = second_logs + slot * DRAFTS * heads
             gates += places * heads
-            _lay_gate(second, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES)
+            _lay_gate(second, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES, SPAN)
         return
     tail, log = tails + slot * channels * (TAPS - 1), logs + slot * DRAFTS * channels
     channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     real = channel < channels
-    for start in range(0, total, PLACES):
+    for start in range(begin, tl.minimum(begin + SPAN, total), PLACES):
         place = start + tl.arange(0, PLACES)[:, None]
         inside = (place < total) & real
         out = tl.zeros((PLACES, CHANNELS), tl.float32)
@@ -236,6 +248,8 @@ def prepare(
         token = tl.load(gather + (place - old), mask=(place >= old) & (place < total), other=0)
         at = tl.where(place < old, replayed + place, token)
         tl.store(mixed + at * channels + channel, out / (1.0 + tl.exp(-out)), mask=inside)
+    if begin > 0:
+        return
     step = tl.arange(0, TAIL)[:, None]
     inside = (step < TAPS - 1) & real
     at = kept + step - (TAPS - 1)
