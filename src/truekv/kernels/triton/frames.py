@@ -40,7 +40,7 @@ def query_kernel(
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     asked_R = row_R < rows
     token_R, head_R = (row_R // (HEADS * GROUP)).to(tl.int64), row_R % (HEADS * GROUP)
-    start_R = token_R * token_stride + head_R * head_stride
+    start_R = token_R * token_stride + head_R.to(tl.int64) * head_stride
     kv_R = head_R // GROUP
     if rotation is None:
         dim_C, holds_C = dims(ROW)
@@ -89,7 +89,10 @@ def _scaled(query, scale, start_R, kv_R, asked_R, dim_D, holds_D, ROW: tl.conste
     return x_RD
 
 
-@triton.jit(do_not_specialize=["rows", "window", "span_keys"])
+@triton.jit(
+    do_not_specialize=["rows", "window", "span_keys"],
+    do_not_specialize_on_alignment=["owner", "offset", "position", "count"],
+)
 def merge_kernel(
     average,  # float32 [spans, T, H, C]
     largest,  # float32 [spans, T, H]
