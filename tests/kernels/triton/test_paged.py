@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -274,6 +275,17 @@ def test_pages_that_start_anywhere_are_refused() -> None:
     step = cache.step([1])
     with pytest.raises(Refused, match="multiples of 16 bytes"):
         triton.attend(cache.queries(step, 2), odd, 0.1, None, step)
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16"])
+def test_queries_of_rows_that_are_stored_as_they_are_lose_nothing(name: str) -> None:
+    """Divided by its norm a query of bfloat16 would be rounded again, which costs more than the weights' 8 bits."""
+    cache = fill(gqa(2, 80), formats(name, name), [3])
+    (query,), row = cache.queries(cache.step([1]), 2), layout.layout(cache.fields[0])
+    framed, factor = triton.into_frame(query * 1e30, cache.fields[0], row, 0.5, torch.float32)
+    assert torch.equal(framed[..., : row.dim], query * 1e30)
+    assert not framed[..., row.dim :].any()
+    assert torch.equal(factor, torch.full_like(factor, 0.5 * math.log2(math.e)))
 
 
 def test_a_rotation_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
