@@ -11,6 +11,7 @@ kv4's bytes, so that only the pattern differs.
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -82,18 +83,23 @@ def gathered_kernel(
     tl.store(total + out, weights)
 
 
+@functools.cache
+def _levels(device: torch.device) -> torch.Tensor:
+    """Return what kv4's codes stand for; no launch is to wait for the copy."""
+    return torch.tensor(LEVELS["kv4"], dtype=torch.float32, device=device)
+
+
 def gathered(query: torch.Tensor, fields: tuple[Stored, ...], scale: float, step: Step) -> torch.Tensor:
     """Attend to kv4 rows [batch, heads, dim] in their frame with the pattern above, one new token a row."""
     key, value = fields
     batch, heads, dim = query.shape
     device, kv_heads = query.device, key.field.heads
     spans = triton.cdiv(step.pages.shape[1] * key.page_tokens, SPAN)
-    levels = torch.tensor(LEVELS["kv4"], dtype=torch.float32, device=device)
     average = torch.zeros(spans, batch, heads, dim, device=device)
     largest = torch.full((spans, batch, heads), -3e38, device=device)
     total = torch.zeros_like(largest)
     gathered_kernel[(batch, heads, spans)](
-        *(key.data[:, key.start :], value.data[:, value.start :], levels, query, step.pages, step.position),
+        *(key.data[:, key.start :], value.data[:, value.start :], _levels(device), query, step.pages, step.position),
         *(average, largest, total, key.data.stride(0), step.pages.shape[1], scale * 1.4426950408889634),
         HEADS=kv_heads,
         GROUP=heads // kv_heads,

@@ -267,6 +267,31 @@ def test_warming_up_records_every_size_and_changes_no_memory(checkpoint: Callabl
 
 
 @native_only
+def test_no_table_is_wider_than_the_longest_sequence(checkpoint: Callable[[str], Checkpoint]) -> None:
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    plan, sizes = twins.captured.plan, twins.graphs.sizes
+    widest = plan.pages_for(LONGEST + DRAFTS)
+    assert {size.pages for size in sizes.within(10 * widest)} == {widest}
+    assert widest % 4, "four times a narrower one"
+    step = twins.captured.reserve([Chunk(twins.held[0][1], list(range(LONGEST)))])
+    held = sizes.holding(dataclasses.replace(step, tokens=step.tokens[:1], gather=step.gather[:, :1]))
+    assert held is not None
+    assert held.pages == widest
+
+
+def test_what_is_known_of_smaller_steps_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padding, "_NUMBERS", 500)
+    size = padding.StepSize(1, 1, 1, 100)
+    padded = padding.PaddedStep(padding.nobody(size, 0, 0, torch.device("cpu")))
+    for width in (*range(1, 101), *range(1, 101)):
+        step = padding.nobody(size._replace(pages=width), 7, 5, torch.device("cpu"))
+        padded.put(step)
+        assert padded.step.pages[0].tolist() == [5] * width + [0] * (100 - width)
+        assert padded.step.slot.tolist() == [7]
+        assert sum(map(len, padded._places.values())) <= 500 + 112
+
+
+@native_only
 def test_only_so_many_sizes_are_kept(checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MOST_CAPTURED", 2)
     twins = Twins(checkpoint("dense"), "f32", "native")

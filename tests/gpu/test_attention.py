@@ -43,8 +43,9 @@ def test_prefill_decode_and_verify(layer: Paged, name: str) -> None:
             for side, (runs, arena) in enumerate(((toy, theirs), (moved, ours)))
         )
         for out, right in zip(got, expected, strict=True):
-            # Weights of 11 bits and queries of half precision, where rows are codes.
-            assert float((out.cpu() - right).abs().max()) <= 4e-3 * float(right.abs().max())
+            # Weights of 11 bits and queries of half precision, where rows are codes; of 8 bits where they are bfloat16.
+            bound = 2e-2 if name == "bf16" else 4e-3
+            assert float((out.cpu() - right).abs().max()) <= bound * float(right.abs().max())
         for side, arena in enumerate((theirs, ours)):
             arena.advance(pairs[0][side], end - start)
             arena.advance(pairs[1][side], 1)

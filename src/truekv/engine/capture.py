@@ -34,7 +34,7 @@ MOST_TOKENS: Final = 256
 MOST_CAPTURED: Final = 64
 """Sizes kept at once; of more, those that were used last."""
 NARROWEST: Final = 16
-"""Pages in the narrowest table; each wider one has four times as many."""
+"""Pages in the narrowest table; each wider one has four times as many, up to what the longest sequence needs."""
 
 
 class Captured:
@@ -80,9 +80,11 @@ class StepSizes:
         most = min(MOST_TOKENS, (plan.slots - 1) * (1 + plan.drafts))
         self._tokens = _token_counts(most, cpu=arena.device.type == "cpu")
         self._longest = [1, 1 + plan.drafts] if plan.drafts else [1]
-        self._pages = [NARROWEST]
-        while self._pages[-1] < plan.pages_for(plan.longest + plan.drafts):
-            self._pages.append(4 * self._pages[-1])
+        # No wider than any step can be: on a GPU every span of a table has programs, and sums that they leave.
+        widest = plan.pages_for(plan.longest + plan.drafts)
+        self._pages = [min(NARROWEST, widest)]
+        while self._pages[-1] < widest:
+            self._pages.append(min(widest, 4 * self._pages[-1]))
 
     def holding(self, step: Step) -> StepSize | None:
         """Return the smallest size that holds a step."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _FIELDS: Final = operator.attrgetter(*(field.name for field in fields(Step)))
 _KNOWN: Final = 256
 """Smaller steps of which it is known where their numbers go."""
+_NUMBERS: Final = 1 << 20
+"""Of all of them together: page tables of long sequences are large, and no plan counts this memory of a device."""
 
 
 class StepSize(NamedTuple):
@@ -96,6 +98,7 @@ class PaddedStep:
         self.tensors = tuple(tensor.clone() for tensor in tensors)
         """Those that go with it."""
         self._places: dict[StepSize, torch.Tensor] = {}
+        self._known = 0
 
     def put(self, step: Step, tensors: Seq[torch.Tensor] = ()) -> None:
         """Lay in a step that is no larger; nothing of the one before stays."""
@@ -114,8 +117,9 @@ class PaddedStep:
         size = StepSize.of(step)
         known = self._places.get(size)
         if known is None:
-            if len(self._places) == _KNOWN:
+            if len(self._places) == _KNOWN or self._known > _NUMBERS:
                 self._places.clear()
+                self._known = 0
             places = torch.arange(len(self._numbers), device=self._numbers.device)
             parts: list[torch.Tensor] = []
             start = 0
@@ -126,4 +130,5 @@ class PaddedStep:
                 parts.append(part.flatten())
                 start += buffer.numel()
             known = self._places[size] = torch.cat(parts)
+            self._known += len(known)
         return known

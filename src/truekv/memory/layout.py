@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from typing import TYPE_CHECKING
 
 from truekv.core.batch import Step
@@ -45,7 +46,11 @@ def lay_out(rows: Seq[tuple[Sequence, int, list[int], int]], page_tokens: int, d
     slot = [sequence.slot for sequence, *_ in rows]
     # One tensor and one copy: each on its own would make the host wait for the device.
     values = [tokens, positions, owner, offset, gather, position, counts, certain, replay, slot, pages, page, line]
-    numbers = torch.tensor(list(itertools.chain.from_iterable(values)), dtype=torch.int64, device=device)
-    parts = list(torch.split(numbers, [len(value) for value in values]))
+    numbers = list(itertools.chain.from_iterable(values))
+    # Page tables of long sequences are most of them, and torch takes several times as long over a list.
+    data = bytearray(8 * len(numbers))
+    struct.pack_into(f"{len(numbers)}q", data, 0, *numbers)
+    numbers_N = torch.frombuffer(data, dtype=torch.int64).to(device)
+    parts = list(torch.split(numbers_N, [len(value) for value in values]))
     parts[4], parts[10] = parts[4].view(batch, longest), parts[10].view(batch, width)
     return Step(*parts)

@@ -15,27 +15,30 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from kernels.native.cache import PAGE, make_step
+from kernels.native.cache import PAGE
 from kernels.triton.absent import absent
 from kernels.triton.launches import attend, fields, recur
 from memory.toys import gdn, gqa
 
+from truekv.core.batch import Sequence
 from truekv.kernels.triton import paged
 from truekv.kernels.triton.ops import OPS
+from truekv.memory.layout import lay_out
 
 
 def step(rows: int, width: int, new: int = 1) -> None:
     """Store and attend to new tokens of so many rows, whose table has so many pages."""
-    pages = torch.arange(rows * width).view(rows, width)
-    described = make_step([width * PAGE - 5] * rows, [new] * rows, pages)
+    # As memory lays it out: parts of one tensor, at even and at odd places of it.
+    sequences = [Sequence(pages=list(range(width)), slot=row) for row in range(rows)]
+    described = lay_out([(one, width * PAGE - 5 - new, [0] * new, 0) for one in sequences], PAGE, torch.device("cpu"))
     for window in (None, 7, 16 * width):
         attend(stored, 2, described, window)
     paged.store(stored[0], torch.zeros(rows * new, 2, 64).bfloat16(), described)
-    recur(gdn(2, 4, 64, 64), new, 0, batch=rows)()
 
 
 def operations(tokens: int) -> None:
     """Work on the rows of so many tokens."""
+    recur(gdn(2, 4, 64, 64), 1, 0, batch=tokens)()
     x, gain = torch.zeros(tokens, 4, 96).bfloat16(), torch.zeros(96)
     OPS.rms_norm(x, gain, 1e-6)
     OPS.add_norm(x[:, 0], x[:, 1], gain, 1e-6)
@@ -49,5 +52,7 @@ stored = fields(gqa(2, 64), "int8", "int8")
 with absent(90) as device:
     for rows, width in ((1, 1), (1, 40), (2, 3), (3, 16), (16, 7), (17, 32), (32, 1)):
         step(rows, width)
+        # Of two tokens a row: as many query rows of a tile as of one, where two heads share a row.
+        step(rows, width, 2)
         operations(rows)
     sys.stdout.write(json.dumps(Counter(kernel.name for kernel in device.compiled)))

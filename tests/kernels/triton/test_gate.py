@@ -69,7 +69,10 @@ def test_whatever_grows_is_named(gate: Any) -> None:
 
 
 def test_steps_of_all_sizes_share_their_kernels() -> None:
-    """Else a request would wait seconds for a compiler, whenever its step is the first one of some size."""
+    """Else a request would wait seconds for a compiler, whenever its step is the first one of some size.
+
+    Where a step's parts begin follows from their sizes, too, and a compiler may care.
+    """
     done = subprocess.run([sys.executable, HERE / "all_sizes.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     # Attention with a window and without; a norm and one with an addition.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +14,10 @@ from memory.toys import gqa, mla
 from truekv.core.errors import Refused
 from truekv.core.recording import recording
 from truekv.core.spec import Field, Paged
+from truekv.core.untouched import untouched
 from truekv.formats.choice import codecs
 from truekv.kernels.reference import paged as reference
+from truekv.kernels.triton import layout
 from truekv.kernels.triton import paged as triton
 from truekv.kernels.triton.tiles import SPAN
 
@@ -272,3 +275,36 @@ def test_pages_that_start_anywhere_are_refused() -> None:
     step = cache.step([1])
     with pytest.raises(Refused, match="multiples of 16 bytes"):
         triton.attend(cache.queries(step, 2), odd, 0.1, None, step)
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16"])
+def test_queries_of_rows_that_are_stored_as_they_are_lose_nothing(name: str) -> None:
+    """Divided by its norm a query of bfloat16 would be rounded again, which costs more than the weights' 8 bits."""
+    cache = fill(gqa(2, 80), formats(name, name), [3])
+    (query,), row = cache.queries(cache.step([1]), 2), layout.layout(cache.fields[0])
+    framed, factor = triton.into_frame(query * 1e30, cache.fields[0], row, 0.5, torch.float32)
+    assert torch.equal(framed[..., : row.dim], query * 1e30)
+    assert not framed[..., row.dim :].any()
+    assert torch.equal(factor, torch.full_like(factor, 0.5 * math.log2(math.e)))
+
+
+def test_a_rotation_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch asks for one, and a step has some hundred launches."""
+    (stored, other), device = fill(gqa(2, 64), formats("kv4", "int8"), [3]).fields, torch.device("cpu")
+    rows = [layout.layout(item) for item in (stored, other)]
+    first = [layout.rotation(*pair, device) for pair in zip((stored, other), rows, strict=True)]
+    # kv4 lies in another order than int8.
+    assert not torch.equal(*first)
+    monkeypatch.setattr(layout.Row, "dims", lambda _: pytest.fail("worked out again"))
+    again = [layout.rotation(item, layout.layout(item), device) for item in (stored, other)]
+    assert all(one is two for one, two in zip(first, again, strict=True))
+
+
+def test_heads_may_lie_further_apart_than_32_bits_count() -> None:
+    """As a product of many heads leaves them: [H, T, D] seen as [T, H, D]."""
+    cache = fill(gqa(3, 16), formats("f32", "f32"), [2])
+    step, apart = cache.step([1]), 1 << 30
+    (query,) = cache.queries(step, 1)
+    far = untouched((2 * apart + 16,), torch.float32, "cpu").as_strided(query.shape, (16, apart, 1))
+    far.copy_(query)
+    assert torch.equal(run(cache, step, (far,)), run(cache, step, (query,)))

@@ -24,7 +24,11 @@ from truekv.kernels.triton.codes import read_rows
 LOWEST = tl.constexpr(-3.0e38)
 
 
-@triton.jit(do_not_specialize=["tokens", "longest", "width", "window", "span_keys"])
+@triton.jit(
+    do_not_specialize=["tokens", "longest", "width", "window", "span_keys"],
+    # Parts of one tensor, which start wherever the part before them ends.
+    do_not_specialize_on_alignment=["gather", "position", "count", "pages"],
+)
 def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share all that they read)
     first,  # field 0 of the layer, which is scored
     second,  # a second field whose scores are added

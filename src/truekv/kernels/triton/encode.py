@@ -18,7 +18,7 @@ from truekv.kernels.triton.codes import dims
 HALF_MAX = tl.constexpr(65504.0)
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit(do_not_specialize=["number"], do_not_specialize_on_alignment=["page", "line"])
 def store_kernel(
     data,
     rows,  # [T, K, D] with these strides

@@ -33,14 +33,14 @@ def query_kernel(
     BLOCK_D: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Take queries into the frame of a field, divided by their norms; grid: (tiles of rows,).
+    """Take queries into the frame of a field, divided by their norms where rows are codes; grid: (tiles of rows,).
 
-    The factor of a query is its norm times what turns a score into a power of two.
+    The factor of a query is its norm, if it was divided by it, times what turns a score into a power of two.
     """
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     asked_R = row_R < rows
     token_R, head_R = (row_R // (HEADS * GROUP)).to(tl.int64), row_R % (HEADS * GROUP)
-    start_R = token_R * token_stride + head_R * head_stride
+    start_R = token_R * token_stride + head_R.to(tl.int64) * head_stride
     kv_R = head_R // GROUP
     if rotation is None:
         dim_C, holds_C = dims(ROW)
@@ -48,16 +48,21 @@ def query_kernel(
         dim_C = tl.arange(0, BLOCK_D)
         holds_C = dim_C < ROW.dim
     x_RC = _scaled(query, scale, start_R, kv_R, asked_R, dim_C, holds_C, ROW)
-    # In units of the largest, whose squares neither overflow nor vanish.
-    largest_R = tl.max(tl.abs(x_RC), 1)
-    largest_R = tl.where(largest_R > 0, largest_R, 1.0)
-    x_RC = x_RC / largest_R[:, None]
-    norm_R = tl.sqrt(tl.sum(x_RC * x_RC, 1))
-    by_R = tl.where(norm_R > 0, norm_R, 1.0)
+    if ROW.plain:
+        # As they are: what bfloat16 holds would be rounded a second time, and its range is that of float32.
+        largest_R = tl.full([BLOCK_R], 1.0, tl.float32)
+        norm_R, by_R = largest_R, largest_R
+    else:
+        # In units of the largest, whose squares neither overflow nor vanish.
+        largest_R = tl.max(tl.abs(x_RC), 1)
+        largest_R = tl.where(largest_R > 0, largest_R, 1.0)
+        x_RC = x_RC / largest_R[:, None]
+        norm_R = tl.sqrt(tl.sum(x_RC * x_RC, 1))
+        by_R = tl.where(norm_R > 0, norm_R, 1.0)
+        x_RC = x_RC / by_R[:, None]
     out_R = row_R.to(tl.int64) * ROW.columns
     if rotation is None:
         place_C = tl.arange(0, ROW.columns)
-        x_RC = x_RC / by_R[:, None]
         tl.store(framed + out_R[:, None] + place_C[None, :], x_RC.to(framed.dtype.element_ty), mask=asked_R[:, None])
     else:
         for column in range(0, ROW.columns, BLOCK_C):
@@ -67,7 +72,8 @@ def query_kernel(
                 dim_W = dim + tl.arange(0, WIDTH)
                 holds_W = dim_W < ROW.dim
                 x_RW = _scaled(query, scale, start_R, kv_R, asked_R, dim_W, holds_W, ROW)
-                x_RW = x_RW / largest_R[:, None] / by_R[:, None]
+                if not ROW.plain:
+                    x_RW = x_RW / largest_R[:, None] / by_R[:, None]
                 place_WB = dim_W[:, None] * ROW.columns + column_B[None, :]
                 signs_WB = tl.load(rotation + place_WB, mask=holds_W[:, None], other=0)
                 y_RB = tl.dot(x_RW, signs_WB.to(tl.float32), y_RB, input_precision="tf32x3")
@@ -89,7 +95,10 @@ def _scaled(query, scale, start_R, kv_R, asked_R, dim_D, holds_D, ROW: tl.conste
     return x_RD
 
 
-@triton.jit(do_not_specialize=["rows", "window", "span_keys"])
+@triton.jit(
+    do_not_specialize=["rows", "window", "span_keys"],
+    do_not_specialize_on_alignment=["owner", "offset", "position", "count"],
+)
 def merge_kernel(
     average,  # float32 [spans, T, H, C]
     largest,  # float32 [spans, T, H]

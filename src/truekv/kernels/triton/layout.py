@@ -165,8 +165,9 @@ def layout(stored: Stored) -> Row:
 
 def rotation(stored: Stored, row: Row, device: torch.device) -> torch.Tensor:
     """Return sqrt(dim) times the rotation of a field: int8 [dim, columns] of +1 and -1, and 0 where nothing is held."""
-    key = (row.dim, tuple(row.dims()), str(device))
-    if key not in _rotations:
+    # A step asks for every field of every layer, so looking one up must cost next to nothing.
+    found = _rotations.get((row, device))
+    if found is None:
         signs, paley = stored.frame.rotation(row.dim)
         sylvester = torch.ones(1, 1, dtype=torch.float64)
         for _ in range((row.dim // len(paley)).bit_length() - 1):
@@ -174,12 +175,12 @@ def rotation(stored: Stored, row: Row, device: torch.device) -> torch.Tensor:
         full_DD = torch.kron(paley.cpu(), sylvester) * signs.cpu()
         dims = torch.tensor(row.dims())
         chosen_DC = torch.where(dims >= 0, full_DD[dims.clamp(min=0)].T, 0.0)
-        _rotations[key] = chosen_DC.to(torch.int8).contiguous().to(device)
-    return _rotations[key]
+        found = _rotations[row, device] = chosen_DC.to(torch.int8).contiguous().to(device)
+    return found
 
 
-# Few: one for each row length and storage order of a model.
-_rotations: dict[tuple[int, tuple[int, ...], str], torch.Tensor] = {}
+# Few: one for each code and row length of a model.
+_rotations: dict[tuple[Row, torch.device], torch.Tensor] = {}
 
 
 @functools.cache
