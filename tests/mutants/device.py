@@ -24,6 +24,7 @@ from truekv.kernels.cuda import compiler, kernel
 from truekv.kernels.cuda import paged as cuda
 from truekv.kernels.triton import attention, largest, paged
 from truekv.kernels.triton import gdn as gdn_module
+from truekv.kernels.triton import mamba2 as mamba2_module
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.tiles import SPAN
 
@@ -184,6 +185,32 @@ MUTANTS: Final = (
         in_triton(gdn_module, "carry", "old + tl.load(certains + row)", "old + tl.load(counts + row)"),
         layer=gdn(),
         dtype=torch.float32,
+    ),
+    triton(
+        "second half alone",
+        "the second half of a chunk does not find what the first has written",
+        test_scans.test_long_rows_are_the_references,
+        in_triton(gdn_module, "solve", "v_LV -= tl.dot(between_LL", "v_LV -= 0.0 * tl.dot(between_LL"),
+        layer=test_scans.TALL[0],
+    ),
+    triton(
+        "state not faded",
+        "a state enters the next chunk as if nothing in this one had decayed",
+        test_scans.test_long_rows_are_the_references,
+        in_triton(mamba2_module, "advance", "h_PS * left", "h_PS"),
+        layer=test_scans.TALL[1],
+    ),
+    triton(
+        "decays subtracted",
+        "what decays between two tokens is the difference of two sums, which has lost it after a strong one",
+        test_scans.test_strong_decays_and_keys_that_repeat_lose_nothing,
+        in_triton(
+            gdn_module,
+            "fade",
+            "tl.exp(tl.cumsum(added_NN, 0))",
+            "tl.exp(tl.cumsum(decay_N, 0)[:, None] - tl.cumsum(decay_N, 0)[None, :])",
+        ),
+        layer=test_scans.TALL[0],
     ),
     triton(
         "last of equal logits",

@@ -16,7 +16,7 @@ from truekv.core.ops import Expert
 from truekv.core.protocols import Stored
 from truekv.formats.choice import codecs
 from truekv.formats.frame import Frame, frame_for
-from truekv.kernels.triton import experts, paged, rows, timeline
+from truekv.kernels.triton import chunks, experts, paged, rows, timeline
 from truekv.kernels.triton.layout import layout
 from truekv.kernels.triton.ops import OPS
 from truekv.kernels.triton.tiles import arch, attend_options
@@ -145,14 +145,21 @@ def _around() -> Iterator[Launch]:
         yield attention(mla(512, 64), ("int8", "int8"), 16, 16, kernel=kernel)
 
 
-def recur(layer: Recurrent, new: int, drafts: int, batch: int = ROWS) -> Callable[[], object]:
-    """Return a launch in which each row has so many new tokens, all but the first drafts if so many can be logged."""
+def recur(
+    layer: Recurrent, new: int, drafts: int, batch: int = ROWS, described: Step | None = None
+) -> Callable[[], object]:
+    """Return a launch in which each row has so many new tokens, all but the first drafts if so many can be logged.
+
+    `described`: such a step, where it is there already.
+    """
     kernel = members("truekv.kernels.triton", "SCAN")[layer.rule]
     per_head = [item.name for item in layer.log[1:]]
     (heads, *_), channels, tokens = layer.state[0].shape, layer.log[0].shape[0], batch * new
 
     def run() -> object:
-        step = scans.make_step([new] * batch, [min(drafts, new - 1)] * batch, [0] * batch, list(range(batch)))
+        step = described or scans.make_step(
+            [new] * batch, [min(drafts, new - 1)] * batch, [0] * batch, list(range(batch))
+        )
         inputs = {"conv": torch.zeros(tokens, channels).bfloat16()}
         inputs |= {name: torch.zeros(tokens, heads) for name in per_head}
         weights = {"conv": torch.zeros(channels, 4).bfloat16()}
@@ -180,6 +187,8 @@ def _recurrent() -> Iterator[Launch]:
         first, second = layer.state[0].shape[1:]
         block = first * min(32, second) if layer.rule == "gdn" else 4096
         yield Launch(f"{layer.rule} {first}x{second}", "carry", recur(layer, 4, 3), lambda block=block: block)
+        for kernel in ("solve", "advance", "answer") if layer.rule == "gdn" else ("advance", "answer"):
+            yield Launch(f"{kernel} {layer.rule} {first}x{second}", kernel, recur(layer, chunks.LONG, 0))
 
 
 def _experts(count: int, tokens: int) -> Callable[[], object]:
