@@ -76,8 +76,8 @@ def test_steps_of_all_sizes_share_their_kernels() -> None:
     done = subprocess.run([sys.executable, HERE / "all_sizes.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     # Attention with a window and without, of few query rows and of many; a norm and one with an addition. Two recurrent
-    # rules, of which one has to solve, and whose convolutions take one place at once, or two or eight.
-    often = {"attend_kernel": 4, "merge_kernel": 2, "_norm": 2, "prepare": 6, "carry": 2, "advance": 2, "answer": 2}
+    # rules, of which one has to solve; convolutions take one place at once, or two or eight, of one span or of more.
+    often = {"attend_kernel": 4, "merge_kernel": 2, "_norm": 2, "prepare": 8, "carry": 2, "advance": 2, "answer": 2}
     once = ("query_kernel", "store_kernel", "solve", "_rotate", "_gate", "_activate", "span_kernel")
     assert json.loads(done.stdout) == often | dict.fromkeys(once, 1)
 
