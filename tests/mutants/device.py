@@ -182,7 +182,7 @@ MUTANTS: Final = (
         "drafts folded in Triton",
         "the state of a delta rule is saved after the drafts, before they are verified",
         test_scans.test_outputs_states_and_logs_are_the_references,
-        in_triton(gdn_module, "carry", "old + tl.load(certains + row)", "old + tl.load(counts + row)"),
+        in_triton(gdn_module, "carry", "old + count, old + certain", "old + count, old + count"),
         layer=gdn(),
         dtype=torch.float32,
     ),

@@ -116,7 +116,7 @@ def find_part(number, counts, certains, replays, rows, SIZE: tl.constexpr, LONG:
     """Cut rows into parts of SIZE places and count them through: the row of one, -1 if there are fewer, and its place.
 
     Programs for parts are as many as there may be; one for every row times the parts of the longest would be many more,
-    nearly all of them without anything to do. With LONG only of rows of as many new tokens, none of them a draft.
+    nearly all of them without anything to do. With LONG above 0 only of rows of as many new tokens, none of them a draft.
     """
     ROWS: tl.constexpr = 128
     row, start, passed = tl.full([], -1, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
@@ -124,7 +124,7 @@ def find_part(number, counts, certains, replays, rows, SIZE: tl.constexpr, LONG:
         at_R = first + tl.arange(0, ROWS)
         count_R = tl.load(counts + at_R, mask=at_R < rows, other=0).to(tl.int32)
         total_R = count_R + tl.load(replays + at_R, mask=at_R < rows, other=0).to(tl.int32)
-        if LONG is not None:
+        if LONG > 0:
             certain_R = tl.load(certains + at_R, mask=at_R < rows, other=0).to(tl.int32)
             total_R = tl.where((count_R >= LONG) & (certain_R == count_R), total_R, 0)
         parts_R = (total_R + SIZE - 1) // SIZE
@@ -251,7 +251,7 @@ def prepare(  # noqa: C901 (gates and channels share the walk along a row)
     if ALONE:
         row, begin = tl.program_id(0).to(tl.int64), 0
     else:
-        row, begin = find_part(tl.program_id(0), counts, certains, replays, rows, SPAN, None)
+        row, begin = find_part(tl.program_id(0), counts, certains, replays, rows, SPAN, 0)
         row = row.to(tl.int64)
         if row < 0:
             return
