@@ -116,7 +116,7 @@ def find_part(number, counts, certains, replays, rows, SIZE: tl.constexpr, LONG:
     """Cut rows into parts of SIZE places and count them through: the row of one, -1 if there are fewer, and its place.
 
     Programs for parts are as many as there may be; one for every row times the parts of the longest would be many more,
-    nearly all of them without anything to do. With LONG above 0 only of rows of as many new tokens, none of them a draft.
+    nearly all of them without anything to do. LONG above 0: only of rows of as many new tokens, none of them a draft.
     """
     ROWS: tl.constexpr = 128
     row, start, passed = tl.full([], -1, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
