@@ -12,7 +12,7 @@ from kernels.native.cache import PAGE, make_step
 from memory.toys import gdn, gqa, mamba2, mla
 
 from truekv.core.folder import members
-from truekv.core.ops import Expert
+from truekv.core.ops import Expert, Routing
 from truekv.core.protocols import Stored
 from truekv.formats.choice import codecs
 from truekv.formats.frame import Frame, frame_for
@@ -202,6 +202,12 @@ def _operations() -> Iterator[Launch]:
     for tokens, tile in zip((4, 512), experts.TILES, strict=True):
         weights = experts.COLUMNS * experts.DEPTH
         yield Launch(f"experts {tile} rows", "multiply", _experts(16, tokens), lambda size=weights: size)
+    chosen = torch.zeros(64, 8, dtype=torch.int64)
+    yield Launch("tiles of experts", "tile_kernel", lambda: experts.tile(chosen, 512))
+    yield Launch("sum of experts", "mix", _experts(16, 4))
+    for routing in (Routing(512, 10), Routing(256, 8, "sigmoid", groups=8, kept_groups=4)):
+        name = f"router of {routing.experts} experts in {routing.groups}"
+        yield Launch(name, "route_kernel", lambda one=routing: OPS.route(torch.zeros(ROWS, one.experts), None, one))
     wide, gain = torch.zeros(ROWS, 4096).bfloat16(), torch.zeros(4096)
     yield Launch("norm 4096", "_norm", lambda: rows.add_norm(wide, wide, gain, 1e-6))
     heads, gates = torch.zeros(ROWS, 32, 128), torch.zeros(ROWS, 4096).bfloat16()
