@@ -22,7 +22,7 @@ from mutants.mutant import Mutant, Patch
 
 from truekv.kernels.cuda import compiler, kernel
 from truekv.kernels.cuda import paged as cuda
-from truekv.kernels.triton import attention, largest, paged
+from truekv.kernels.triton import attention, frames, largest, paged
 from truekv.kernels.triton import gdn as gdn_module
 from truekv.kernels.triton import mamba2 as mamba2_module
 from truekv.kernels.triton.interpreter import INTERPRETED
@@ -164,7 +164,7 @@ MUTANTS: Final = (
         "merge forgets the largest",
         "spans are merged relative to the largest score of the span before, not of all before",
         test_paged.test_lengths_at_the_edges_of_blocks_and_spans,
-        in_triton(paged, "merge_kernel", "largest_R = raised_R", "largest_R = top_R"),
+        in_triton(frames, "_joined", "largest_R = raised_R", "largest_R = top_R"),
         length=2 * SPAN + 1,
     ),
     triton(

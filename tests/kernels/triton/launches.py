@@ -19,7 +19,7 @@ from truekv.formats.frame import Frame, frame_for
 from truekv.kernels.triton import chunks, experts, paged, rows, timeline
 from truekv.kernels.triton.layout import layout
 from truekv.kernels.triton.ops import OPS
-from truekv.kernels.triton.tiles import arch, attend_options
+from truekv.kernels.triton.tiles import SPAN, arch, attend_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,9 +46,9 @@ class Launch:
     """How many numbers of the cache or the state one program takes in one turn of its inner loop; 0 without one."""
 
 
-def _step(new: int) -> Step:
-    """Every row has so many new tokens."""
-    return make_step([WIDTH * PAGE - 5] * ROWS, [new] * ROWS, torch.arange(ROWS * WIDTH).view(ROWS, WIDTH))
+def _step(new: int, width: int = WIDTH) -> Step:
+    """Every row has so many new tokens, and so many pages."""
+    return make_step([width * PAGE - 5] * ROWS, [new] * ROWS, torch.arange(ROWS * width).view(ROWS, width))
 
 
 def fields(layer: Paged, *names: str) -> tuple[Stored, ...]:
@@ -71,7 +71,13 @@ def attend(memory: tuple[Stored, ...], group: int, step: Step, window: int | Non
 
 
 def attention(
-    layer: Paged, codes: tuple[str, str], queries: int, group: int = GROUP, *, kernel: str = "attend"
+    layer: Paged,
+    codes: tuple[str, str],
+    queries: int,
+    group: int = GROUP,
+    *,
+    kernel: str = "attend",
+    width: int = WIDTH,
 ) -> Launch:
     """So many query rows of one kv head: a group's heads, times new tokens. In a window if the layer has one."""
     memory = fields(layer, *codes)
@@ -83,7 +89,7 @@ def attention(
         + (f" G={group} M={queries}" if kernel == "attend" else "")
         + (" in a window" if layer.window else ""),
         f"{kernel}_kernel",
-        lambda: attend(memory, group, _step(queries // group), layer.window),
+        lambda: attend(memory, group, _step(queries // group, width), layer.window),
         (lambda: attend_options(laid, queries, arch()).keys * size) if kernel == "attend" else lambda: 0,
     )
 
@@ -143,6 +149,9 @@ def _around() -> Iterator[Launch]:
         for code in ("bf16", "int8", "kv4"):
             yield attention(gqa(HEADS, 128), (code, code), 8, kernel=kernel)
         yield attention(mla(512, 64), ("int8", "int8"), 16, 16, kernel=kernel)
+    wide = (paged.JOINED + 1) * SPAN // PAGE
+    yield attention(gqa(HEADS, 128), ("kv4", "kv4"), 8, kernel="join", width=wide)
+    yield attention(mla(512, 64), ("int8", "int8"), 16, 16, kernel="join", width=wide)
 
 
 def recur(
