@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import time
+from array import array
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class Attention:
         self.stored = held.stored
         _fill(self.arena, held)
         shuffled = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0))
-        order = cast("list[int]", shuffled.tolist())
+        order = array("q", cast("list[int]", shuffled.tolist()))
         rows = [
             (Sequence(pages=order[row * pages : (row + 1) * pages], slot=row), self.depth - 1, [0], 0)
             for row in range(batch)
@@ -202,7 +203,7 @@ def _memory(layer: LayerSpec, kv: str) -> tuple[tuple[Any, ...], ModelSpec]:
 
 def _fill(arena: Arena, held: PagedLayer) -> None:
     """Store random rows in the first page, and copy its bytes to all others."""
-    step = lay_out([(Sequence(pages=[0], slot=0), 0, [0] * PAGE_TOKENS, 0)], PAGE_TOKENS, arena.device)
+    step = lay_out([(Sequence(pages=array("q", [0]), slot=0), 0, [0] * PAGE_TOKENS, 0)], PAGE_TOKENS, arena.device)
     for stored in held.stored:
         rows = torch.randn(PAGE_TOKENS, stored.field.heads, stored.field.dim, device=arena.device)
         arena.kernels.store(stored, rows, step)
@@ -260,7 +261,7 @@ def scan(rule: str, batch: int, size: Size) -> Launch:
     one = 2 * 4 * batch * layer.state[0].shape[0] * layer.state[0].shape[1] * layer.state[0].shape[2]
     count = max(1, -(-size.least // one))
     arenas = [Arena(spec, planned, kernels, check_finite=False, device=size.device) for _ in range(count)]
-    rows = [(Sequence(pages=[0], slot=row), 0, [0], 0) for row in range(batch)]
+    rows = [(Sequence(pages=array("q", [0]), slot=row), 0, [0], 0) for row in range(batch)]
     step = lay_out(rows, PAGE_TOKENS, arenas[0].device)
     heads, channels = layer.state[0].shape[0], layer.log[0].shape[0]
     inputs = {"conv": torch.randn(batch, channels, device=size.device).bfloat16()}
