@@ -159,6 +159,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take text and return (what may be shown, whether a stop string was met)."""
+        if not self._stops:
+            return text, False
         text = self._held + text
         self._held = ""
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]

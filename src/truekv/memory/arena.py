@@ -215,8 +215,9 @@ class Arena:
         sequence.replay = count - (tokens - drafts)
         sequence.reserved = None
         kept = self.plan.pages_for(sequence.position)
-        self._release(sequence.pages[kept:])
-        del sequence.pages[kept:]
+        if kept < len(sequence.pages):
+            self._release(sequence.pages[kept:])
+            del sequence.pages[kept:]
         if self._cache:
             lease.tokens += lease.pending[:count]
             self._cache.publish(lease, sequence.pages)

@@ -117,7 +117,7 @@ class PrefixCache:
     def publish(self, lease: Lease, pages: array[int]) -> None:
         """Show the complete pages of a lease to others; where one shows the same already, that one is held instead."""
         size, tree = self._page_tokens, self.tree
-        while self._publishes(lease) and (len(lease.nodes) + 1) * size <= len(lease.tokens):
+        while (len(lease.nodes) + 1) * size <= len(lease.tokens) and self._publishes(lease):
             index = len(lease.nodes)
             key = tuple(lease.tokens[index * size : (index + 1) * size])
             parent = lease.nodes[-1] if index else None
