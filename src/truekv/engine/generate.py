@@ -203,20 +203,23 @@ class Engine:
 
         A share's list is empty where its tokens depend on more.
         """
+        # The largest logits are known from the look at whether all of them are finite.
+        found = zip(shares, answers, ran.likeliest, ran.drawn, strict=True)
+        tokens = [answer.likeliest(share, best) or known for share, answer, best, known in found]
+        every = zip(shares, answers, ran.rows, tokens, strict=True)
         draws = [
-            [] if isinstance(rows, Corrupted) else answer.draws(share, rows)
-            for share, answer, rows in zip(shares, answers, ran.rows, strict=True)
+            [] if known or isinstance(rows, Corrupted) else answer.draws(share, rows)
+            for share, answer, rows, known in every
         ]
+        if not any(draws):
+            return tokens
         by_length: dict[int, list[Draw]] = {}
         for draw in itertools.chain.from_iterable(draws):
             by_length.setdefault(len(draw.logits), []).append(draw)
         drawn = {length: iter(self.runner.arena.kernels.draw(group)) for length, group in by_length.items()}
-        tokens = [[next(drawn[len(draw.logits)]) for draw in some] for some in draws]
-        # The largest logits are known from the look at whether all of them are finite.
-        found = zip(shares, answers, tokens, ran.places, ran.likeliest, ran.drawn, strict=True)
         return [
-            answer.likeliest(share, best) or known or _named(some, places)
-            for share, answer, some, places, best, known in found
+            known or _named([next(drawn[len(draw.logits)]) for draw in some], places)
+            for known, some, places in zip(tokens, draws, ran.places, strict=True)
         ]
 
     def _advance(self, item: Verified) -> None:
@@ -312,4 +315,6 @@ def _chunk(share: Share) -> Chunk:
     request, drafts = share.request, share.drafts
     assert request.held is not None
     start = request.held.position
-    return Chunk(request.held, request.tokens[start : start + share.count] + drafts, len(drafts), share.room)
+    tokens = request.tokens[start : start + share.count]
+    tokens += drafts
+    return Chunk(request.held, tokens, len(drafts), share.room)

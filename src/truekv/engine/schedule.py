@@ -137,13 +137,14 @@ class Schedule:
         shares: dict[int, Share] = {}
         promised = 0
         budget = self.step_tokens
-        answering = sum(request.pending == 1 for request in order)
-        for request in order:
+        every = [request.pending for request in order]
+        answering = every.count(1)
+        for request, pending in zip(order, every, strict=True):
             if request.held is None:
                 continue  # preempted a moment ago
-            one = request.pending == 1
+            one = pending == 1
             answering -= one
-            share = self._wish(request, budget, budget - 1 - answering if one else 0, memory)
+            share = self._wish(request, pending, budget, budget - 1 - answering if one else 0, memory)
             while (missing := self._missing(share, memory)) and missing > (room := memory.available_pages - promised):
                 if self._shrink(share, room, memory):
                     continue
@@ -186,11 +187,10 @@ class Schedule:
             key=lambda item: (self._turn - item.served <= PATIENCE, item.pending > 1, self._rank(item)),
         )
 
-    def _wish(self, request: Request, budget: int, drafts: int, memory: Memory) -> Share:
+    def _wish(self, request: Request, pending: int, budget: int, drafts: int, memory: Memory) -> Share:
         """Say what a request would take of the step if pages were no matter; at most `drafts` guesses."""
         held = request.held
         assert held is not None
-        pending = request.pending
         count = min(pending, budget)
         if count > 1:  # which no limit is below
             count = min(count, memory.certain_limit(held))

@@ -164,7 +164,8 @@ class Arena:
             )
         for chunk, count in zip(chunks, missing, strict=True):
             sequence, lease = chunk.sequence, self._leases[chunk.sequence.slot]
-            sequence.pages.extend(self._take(count))
+            if count > 0:
+                sequence.pages.extend(self._take(count))
             sequence.reserved = (len(chunk.tokens), chunk.drafts)
             lease.pending = list(chunk.tokens)
             lease.note()
