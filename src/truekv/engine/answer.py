@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.sampling import Reading
 from truekv.engine.events import Ended, Sampled, Stored
-from truekv.engine.sample import ALL, logprobs
+from truekv.engine.sample import ALL, NOTHING, logprobs
 from truekv.engine.tokens import StopStrings, TextStream
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Answer:
         if self._reports(share):
             return Reading(ALL)
         if not share.samples:
-            return Reading(0)
+            return NOTHING
         return Reading(ALL) if self.request.params.logprobs else self.sampler.reads(len(share.drafts))
 
     def likeliest(self, share: Share, places: list[int]) -> list[int]:

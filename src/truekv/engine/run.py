@@ -58,15 +58,16 @@ class Runner:
         """
         read = self._readings(wanted, read)
         step = self.arena.reserve(list(chunks))
-        total, count = len(step.tokens), sum(wanted)
+        total, count = step.tokens.shape[0], sum(wanted)
         with torch.inference_mode():
             # After the forward pass, copying it there would make the host wait until that is done.
             row_N = torch.tensor(_rows(chunks, wanted), device=step.tokens.device) if 0 < count < total else None
             hidden_TH = self.forward(step)
             logits_NV = self._logits(hidden_TH if row_N is None else hidden_TH.index_select(0, row_N), count)
-            tokens_N, largest = _drawn(logits_NV, wanted, read), self.arena.kernels.ops.largest
+            largest = self.arena.kernels.ops.largest
             # One pass over the numbers finds the largest and those that are none; the host waits for all at once.
-            peaks = cast("list[int]", torch.cat([largest(hidden_TH), largest(logits_NV), tokens_N]).tolist())
+            found = [largest(hidden_TH), largest(logits_NV), *_drawn(logits_NV, wanted, read)]
+            peaks = cast("list[int]", torch.cat(found).tolist())
             tokens = _certain(peaks[total + count :], read)
             logits, places = self._to_host(logits_NV, wanted, read, tokens)
         ends = list(itertools.accumulate(wanted, initial=total))
@@ -172,13 +173,13 @@ def _kept(rows_NV: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -
     return torch.cat(kept) if kept else rows_NV[:0]
 
 
-def _drawn(logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading]) -> torch.Tensor:
-    """Return the tokens of all readings' points, int64 [points], where the logits are; -1 where one is not certain."""
+def _drawn(logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading]) -> Iterator[torch.Tensor]:
+    """Yield the tokens of all readings' points, int64 [points], where the logits are; -1 where one is not certain."""
     pairs = [(one.temperature, point) for one in read for point in one.points]
     if not pairs:
-        return logits_NV.new_empty(0, dtype=torch.int64)
+        return
     temperature_N, point_N = torch.tensor(pairs, dtype=torch.float64).to(logits_NV.device, non_blocking=True).unbind(1)
-    return drawn(_kept(logits_NV, wanted, [len(one.points) for one in read]), temperature_N, point_N)
+    yield drawn(_kept(logits_NV, wanted, [len(one.points) for one in read]), temperature_N, point_N)
 
 
 def _certain(tokens: list[int], read: Sequence[Reading]) -> list[list[int]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ALL: Final = 1 << 62
 """More logits than any row has."""
+NOTHING: Final = Reading(0)
 MOST_READ: Final = 1024
 """Beyond so many a whole row is as good."""
 
@@ -102,7 +103,7 @@ class Sampler:
         """
         params = self.params
         if self.greedy:
-            return Reading(0)
+            return NOTHING
         if not self.independent or params.top_k >= MOST_READ:
             return Reading(ALL)
         if params.top_k:

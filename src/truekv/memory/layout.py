@@ -44,11 +44,11 @@ def lay_out(rows: Seq[tuple[Sequence, int, list[int], int]], page_tokens: int, d
     # Of a row without tokens the first of the next one, or the last of all.
     last_B = np.minimum(start_B + np.maximum(count_B, 1), total) - 1
     gather_BQ = np.minimum(start_B[:, None] + np.arange(longest), last_B[:, None])
-    place_T = positions_T // page_tokens
-    ends = pages_BW[owner_T, place_T], positions_T - place_T * page_tokens
+    place_T, line_T = np.divmod(positions_T, page_tokens)
+    ends = pages_BW[owner_T, place_T], line_T
     # One tensor and one copy: each on its own would make the host wait for the device.
     numbers = np.concatenate([tokens_T, positions_T, owner_T, offset_T, gather_BQ.ravel(), given_G, *ends])
     sizes = [total] * 4 + [batch * longest] + [batch] * 5 + [batch * width] + [total] * 2
-    parts = list(torch.split(torch.frombuffer(numbers, dtype=torch.int64).to(device), sizes))
+    parts = list(torch.frombuffer(numbers, dtype=torch.int64).to(device).split_with_sizes(sizes))
     parts[4], parts[10] = parts[4].view(batch, longest), parts[10].view(batch, width)
     return Step(*parts)
