@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+from array import array
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class Attention:
         self.stored = held.stored
         _fill(self.arena, held)
         shuffled = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(0))
-        order = cast("list[int]", shuffled.tolist())
+        order = array("q", cast("list[int]", shuffled.tolist()))
         rows = [
             (Sequence(pages=order[row * pages : (row + 1) * pages], slot=row), self.depth - 1, [0], 0)
             for row in range(batch)
@@ -205,7 +206,7 @@ def _memory(layer: LayerSpec, kv: str) -> tuple[tuple[Any, ...], ModelSpec]:
 
 def _fill(arena: Arena, held: PagedLayer) -> None:
     """Store random rows in the first page, and copy its bytes to all others."""
-    step = lay_out([(Sequence(pages=[0], slot=0), 0, [0] * PAGE_TOKENS, 0)], PAGE_TOKENS, arena.device)
+    step = lay_out([(Sequence(pages=array("q", [0]), slot=0), 0, [0] * PAGE_TOKENS, 0)], PAGE_TOKENS, arena.device)
     for stored in held.stored:
         rows = torch.randn(PAGE_TOKENS, stored.field.heads, stored.field.dim, device=arena.device)
         arena.kernels.store(stored, rows, step)
@@ -259,7 +260,7 @@ def scan(rule: str, batch: int, size: Size) -> Launch:
     layer = recurrent(rule)
     one = 2 * 4 * batch * layer.state[0].shape[0] * layer.state[0].shape[1] * layer.state[0].shape[2]
     count = max(1, -(-size.least // one))
-    rows = [(Sequence(pages=[0], slot=row), 0, [0], 0) for row in range(batch)]
+    rows = [(Sequence(pages=array("q", [0]), slot=row), 0, [0], 0) for row in range(batch)]
     run = _scans(rule, count, rows, 0, size)
     return Launch(f"{rule} step, {batch} rows, {count} layers", one * count, run)
 
@@ -294,7 +295,7 @@ def _scans(
 
 def prompted(size: Size) -> Iterator[Result]:
     """Take a long prompt through one recurrent layer: in chunks, and with a draft behind it, hence token by token."""
-    pages = list(range(-(-size.prompt // PAGE_TOKENS)))
+    pages = array("q", range(-(-size.prompt // PAGE_TOKENS)))
     for rule, drafts in itertools.product(("gdn", "mamba2"), (0, 1)):
         row = (Sequence(pages=pages, slot=0), 0, [0] * size.prompt, drafts)
         what = f"{rule}, {'token by token' if drafts else 'in chunks'}"

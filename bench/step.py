@@ -4,7 +4,8 @@ Every native call of a step is timed from Python; what is left is the engine's o
 operations. Every line is the least of many steps, because other jobs only ever slow one down.
 
 With --memory, what lies in memory after a few steps is listed. With --capture, captured steps and the same ones run
-eagerly take turns instead. Their `host` is what is left when every native call returns at once.
+eagerly take turns instead. Their `host` is what is left when every native call returns at once. With --host, whole
+steps of so many greedy requests are timed in that way, on the embedded model of that kind.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from collections import Counter
@@ -19,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from bench import capture
+from bench import capture, host
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.engines.truekv import start
 from bench.machine import native, positive
@@ -53,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--steps", type=positive, default=100)
-    parser.add_argument("--sequences", type=positive, default=1, help="with --capture: rows of a step")
+    parser.add_argument("--sequences", type=positive, default=1, help="with --capture and --host: rows of a step")
     parser.add_argument("--memory", action="store_true", help="list what lies in memory instead")
     parser.add_argument("--capture", action="store_true", help="compare captured steps with eager ones")
+    parser.add_argument("--host", action="store_true", help="time what the host does in steps of many requests")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
@@ -64,6 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
             str(checkpoint(asked.model)), asked.format, asked.depth, asked.sequences, asked.threads, asked.steps
         )
         print(json.dumps({name: asdict(way) for name, way in ways.items()}) if asked.json else capture.table(ways))
+        return 0
+    if asked.host:
+        spent = host.times(
+            f"tiny-{asked.model}", asked.format, asked.depth, asked.sequences, asked.threads, asked.steps
+        )
+        least, median = min(spent), statistics.median(spent)
+        line = f"{asked.sequences} requests: {least:.3f} ms of host per step, median {median:.3f}"
+        print(json.dumps({"least": least, "median": median}) if asked.json else line)
         return 0
     if asked.memory:
         found = memory(str(checkpoint(asked.model)), asked.format, asked.depth, asked.threads)

@@ -37,3 +37,11 @@ def test_captured_and_eager_steps_are_timed_in_turns(folder: Path, capsys: pytes
     assert printed.keys() == {"eager", "captured"}
     assert all(way["median"] >= way["least"] > 0 for way in printed.values())
     assert 0 < printed["captured"]["host"] < printed["eager"]["host"]
+
+
+@pytest.mark.skipif(library() is None, reason="the native library was not built")
+def test_what_the_host_does_in_a_step_of_many_requests_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--host", "--model", "dense", "--depth", "20", "--threads", "1", "--steps", "5", "--sequences", "3"]
+    assert step.main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["median"] >= printed["least"] > 0

@@ -83,7 +83,7 @@ def fake() -> torch.device:
         return made if device is None else made.to(device)
 
     torch.tensor = tensor  # type: ignore[assignment]
-    torch.frombuffer = lambda data, dtype: torch.zeros(len(data) // dtype.itemsize, dtype=dtype)  # type: ignore[assignment]
+    torch.frombuffer = lambda data, dtype: torch.zeros(memoryview(data).nbytes // dtype.itemsize, dtype=dtype)  # type: ignore[assignment]
     torch.inference_mode = no_inference_mode  # type: ignore[assignment, misc]
     for name in ("item", "__int__", "__index__", "__float__"):
         setattr(FakeTensor, name, lambda _: 0)

@@ -56,7 +56,7 @@ class Pretended:
         missing = self.pages_for(held.position + share.lines) - len(held.pages)
         self.free -= max(0, missing)
         assert self.free >= 0
-        held.pages += [0] * missing
+        held.pages.extend([0] * missing)
         held.position += share.count + accepted
         kept = self.pages_for(held.position)
         self.free += len(held.pages) - kept

@@ -240,7 +240,7 @@ def test_offsets_beyond_two_gigabytes_are_addressed() -> None:
     rows = tuple(torch.randn(40, 1, 512, generator=make) for _ in range(2))
     query = torch.randn(40, 1, 512, generator=make)
     step = arena.reserve([Chunk(sequence, [0] * 40)])
-    assert sequence.pages == [19_999, 19_998]
+    assert list(sequence.pages) == [19_999, 19_998]
     out = arena.layers[0].attend((query,), rows, 0.05, step)
     assert (out.double() - dense(layer, (query,), rows, 0.05, 0)).abs().max() < 5e-6
 

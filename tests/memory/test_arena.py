@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 import re
+from array import array
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_running_out_of_pages_changes_nothing() -> None:
     toy.feed(arena, first, random_tokens(40))
     with pytest.raises(OutOfPages, match="needs 3 more pages of 32 tokens, but 1 of 3 are free"):
         arena.reserve([Chunk(first, random_tokens(30)), Chunk(second, random_tokens(40))])
-    assert (first.position, first.reserved, second.pages, second.reserved) == (40, None, [], None)
+    assert (first.position, first.reserved, list(second.pages), second.reserved) == (40, None, [], None)
     arena.check()
     assert torch.equal(toy.feed(arena, second, [5]), toy.plain((5,)))
 
@@ -304,7 +305,7 @@ def test_closing_a_sequence_that_was_tampered_with_returns_what_was_handed_out()
     arena = make_arena((gqa(),))
     sequence = arena.open()
     arena.reserve([Chunk(sequence, [0] * 40)])
-    sequence.pages, sequence.position = [arena.plan.pages - 1], 7
+    sequence.pages, sequence.position = array("q", [arena.plan.pages - 1]), 7
     arena.close(sequence)
     arena.check()
     assert arena.free_pages == arena.plan.pages

@@ -99,7 +99,7 @@ class Schedules(RuleBasedStateMachine):
         item = data.draw(st.sampled_from(self.open))
         self.arena.close(item.sequence)
         self.open.remove(item)
-        assert item.sequence.pages == []
+        assert not item.sequence.pages
         assert item.sequence.slot == -1
 
     @invariant()

@@ -69,11 +69,11 @@ def another_seed_after_preemption() -> list[Patch]:
         lost.add(id(request))
         again(self, request)
 
-    def draw_anew(self: Answer, logits_1V: torch.Tensor, drawn: int | None = None) -> Any:
+    def draw_anew(self: Answer, logits_NV: torch.Tensor, row: int, drawn: int | None = None) -> Any:
         if id(self.request) in lost and self.sampler.seed is not None:
             lost.discard(id(self.request))
             self.sampler.seed += 1
-        return choose(self, logits_1V, drawn if self.sampler.greedy else None)
+        return choose(self, logits_NV, row, drawn if self.sampler.greedy else None)
 
     return [Patch(Schedule, "again", remember), Patch(Answer, "_choose", draw_anew)]
 
@@ -102,8 +102,8 @@ def likeliest_draft_accepted() -> list[Patch]:
         if self.sampler.greedy:
             return taken(self, logits_NV, drafts, drawn)
         events: list[Any] = []
-        for place, logits_V in enumerate(logits_NV):
-            events += self._choose(logits_V[None])
+        for place, logits_V in enumerate(logits_NV[len(logits_NV) - 1 - len(drafts) :]):
+            events += self._choose(logits_V[None], 0)
             if place == len(drafts) or not hasattr(events[-1], "token"):
                 return events, place
             if int(logits_V.argmax()) == drafts[place]:

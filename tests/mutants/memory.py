@@ -47,7 +47,7 @@ def published_under_way() -> list[Patch]:
         if self._cache and lease.reserved:
             lease.tokens += lease.pending
             self._cache.publish(lease, sequence.pages)
-            lease.pages = tuple(sequence.pages)
+            lease.pages = sequence.pages[:]
         close(self, sequence, suspect=suspect)
 
     return [Patch(Arena, "close", publish_and_close)]

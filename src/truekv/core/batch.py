@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ class Sequence:
 
     position: int = 0
     """How many tokens memory really holds: the only truth about it."""
-    pages: list[int] = field(default_factory=list[int])
+    pages: array[int] = field(default_factory=lambda: array("q"))
+    """As int64, so that a step takes over a long table as it lies there."""
     slot: int = -1
     """The state slot of every recurrent layer; -1 once closed."""
     replay: int = 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.sampling import Reading
 from truekv.engine.events import Ended, Sampled, Stored
-from truekv.engine.sample import ALL, logprobs
+from truekv.engine.sample import ALL, NOTHING, logprobs
 from truekv.engine.tokens import StopStrings, TextStream
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Answer:
         if self._reports(share):
             return Reading(ALL)
         if not share.samples:
-            return Reading(0)
+            return NOTHING
         return Reading(ALL) if self.request.params.logprobs else self.sampler.reads(len(share.drafts))
 
     def likeliest(self, share: Share, places: list[int]) -> list[int]:
@@ -69,19 +69,19 @@ class Answer:
         """
         request = self.request
         events: list[Event] = []
-        if not request.generated:
+        if not request.answered:
             assert request.held is not None
             done = request.held.position + share.count
             logprobs = self._prompt_logprobs(share, logits_NV)
             events.append(Stored(request.identity, done, len(request.prompt), request.cached or 0, logprobs))
         if not share.samples:
             return events, 0
-        found, accepted = self.take(_sampled(share, logits_NV), share.drafts, drawn)
+        found, accepted = self.take(logits_NV, share.drafts, drawn)
         return events + found, accepted
 
     def _reports(self, share: Share) -> bool:
         request = self.request
-        return request.params.prompt_logprobs is not None and not request.generated and share.count > 0
+        return request.params.prompt_logprobs is not None and not request.answered and share.count > 0
 
     def _prompt_logprobs(self, share: Share, logits_NV: torch.Tensor) -> tuple[Logprob, ...]:
         """Report the prompt tokens that follow those of the share; each once, also after a preemption."""
@@ -97,7 +97,7 @@ class Answer:
     def take(
         self, logits_NV: torch.Tensor, drafts: Sequence[int], drawn: Sequence[int] = ()
     ) -> tuple[list[Sampled | Ended], int]:
-        """Choose tokens from the logits of a newest token and of the drafts after it, unless they are drawn already.
+        """Choose tokens from the last rows, those of a newest token and of the drafts after it, unless they are drawn.
 
         Each row is sampled as if there were no drafts, and the next row counts only if its draft is
         what was sampled. A draft is a point mass, so this accepts it with the probability that the
@@ -107,20 +107,24 @@ class Answer:
         """
         events: list[Sampled | Ended] = []
         for place in range(1 + len(drafts)):
-            events += self._choose(logits_NV[place : place + 1], drawn[place] if drawn else None)
+            # Counted from the end: logits of prompt tokens may come before.
+            events += self._choose(logits_NV, place - 1 - len(drafts), drawn[place] if drawn else None)
             sampled = events[-1]
             if isinstance(sampled, Ended) or place == len(drafts) or sampled.token != drafts[place]:
                 return events, place
         raise AssertionError("the last row has no draft after it")
 
-    def _choose(self, logits_1V: torch.Tensor, drawn: int | None = None) -> list[Sampled | Ended]:
-        """Choose the next token and say what follows from it; the last event tells whether the answer goes on."""
+    def _choose(self, logits_NV: torch.Tensor, row: int, drawn: int | None = None) -> list[Sampled | Ended]:
+        """Choose the next token, from a row unless it is drawn, and say what follows from it.
+
+        The last event tells whether the answer goes on.
+        """
         request, params = self.request, self.request.params
-        token = self.sampler.choose(logits_1V[0]) if drawn is None else self.sampler.take(drawn)
+        token = self.sampler.choose(logits_NV[row]) if drawn is None else self.sampler.take(drawn)
         request.tokens.append(token)
         report: Logprob | None = None
         if params.logprobs:
-            (report,) = logprobs(self.sampler.sampling, logits_1V, [token], params.logprobs)
+            (report,) = logprobs(self.sampler.sampling, logits_NV[row][None], [token], params.logprobs)
         ends = token in self.sampler.ends
         text, stopped = self._stops.push(self._text.push(token)) if self._text and not ends else ("", False)
         sampled = Sampled(request.identity, token, text, report)

@@ -9,7 +9,7 @@ from truekv.core.batch import Chunk
 from truekv.core.errors import ConstraintFailed, Corrupted, Refused
 from truekv.engine.answer import Answer
 from truekv.engine.constrain import Grammars
-from truekv.engine.events import Ended, Event, Failed, Sampled
+from truekv.engine.events import Ended, Event, Failed
 from truekv.engine.request import Request
 from truekv.engine.sample import Sampler
 from truekv.engine.speculate.drafting import Verified
@@ -164,7 +164,7 @@ class Engine:
             ran = self.runner.run(chunks, wanted, read)
         except Corrupted as error:
             return self._suspect(shares, error)
-        return self._finish(shares, ran)
+        return self._finish(shares, answers, ran)
 
     def _admit(self) -> None:
         while request := self.schedule.admit(self._memory):
@@ -172,21 +172,22 @@ class Engine:
             if request.cached is None:
                 request.cached = request.held.position
 
-    def _finish(self, shares: list[Share], ran: Ran) -> list[Event]:
+    def _finish(self, shares: list[Share], answers: list[Answer], ran: Ran) -> list[Event]:
         """Turn a step into events, make its tokens real, and guess what follows them."""
         events: list[Event] = []
         verified: list[Verified] = []
         start = 0
-        for share, logits_NV, drawn in zip(shares, ran.rows, self._drawn(shares, ran), strict=True):
+        every = zip(shares, answers, ran.rows, self._drawn(shares, answers, ran), strict=True)
+        for share, answer, logits_NV, drawn in every:
             try:
                 if isinstance(logits_NV, Corrupted):
                     raise logits_NV
-                found, accepted = self._answers[share.request.identity].after(share, logits_NV, drawn)
+                found, accepted = answer.after(share, logits_NV, drawn)
             except (Corrupted, ConstraintFailed) as error:
                 events.append(self._fail(share.request, error))
             else:
                 events += found
-                self._generated += sum(isinstance(event, Sampled) for event in found)
+                self._generated += share.samples + accepted
                 ended = bool(found) and isinstance(found[-1], Ended)
                 verified.append(Verified(share, start, accepted, ended=ended))
             start += share.count + len(share.drafts)
@@ -197,25 +198,28 @@ class Engine:
             self._advance(item)
         return events
 
-    def _drawn(self, shares: list[Share], ran: Ran) -> list[list[int]]:
+    def _drawn(self, shares: list[Share], answers: list[Answer], ran: Ran) -> list[list[int]]:
         """Draw at once what depends on nothing but its logits, unless that is done already, where they are.
 
         A share's list is empty where its tokens depend on more.
         """
+        # The largest logits are known from the look at whether all of them are finite.
+        found = zip(shares, answers, ran.likeliest, ran.drawn, strict=True)
+        tokens = [answer.likeliest(share, best) or known for share, answer, best, known in found]
+        every = zip(shares, answers, ran.rows, tokens, strict=True)
         draws = [
-            [] if isinstance(rows, Corrupted) else self._answers[share.request.identity].draws(share, rows)
-            for share, rows in zip(shares, ran.rows, strict=True)
+            [] if known or isinstance(rows, Corrupted) else answer.draws(share, rows)
+            for share, answer, rows, known in every
         ]
+        if not any(draws):
+            return tokens
         by_length: dict[int, list[Draw]] = {}
         for draw in itertools.chain.from_iterable(draws):
             by_length.setdefault(len(draw.logits), []).append(draw)
         drawn = {length: iter(self.runner.arena.kernels.draw(group)) for length, group in by_length.items()}
-        tokens = [[next(drawn[len(draw.logits)]) for draw in some] for some in draws]
-        # The largest logits are known from the look at whether all of them are finite.
-        found = zip(shares, tokens, ran.places, ran.likeliest, ran.drawn, strict=True)
         return [
-            self._answers[share.request.identity].likeliest(share, best) or known or _named(some, places)
-            for share, some, places, best, known in found
+            known or _named([next(drawn[len(draw.logits)]) for draw in some], places)
+            for known, some, places in zip(tokens, draws, ran.places, strict=True)
         ]
 
     def _advance(self, item: Verified) -> None:
@@ -282,7 +286,7 @@ class _Memory:
 
     def open(self, request: Request) -> Held:
         # Log-probabilities of the prompt come from computing it.
-        reuse = request.params.prompt_logprobs is None or bool(request.generated)
+        reuse = request.params.prompt_logprobs is None or request.answered
         return self._arena.open(request.tokens, salt=request.salt, reuse=reuse)
 
     def release(self, request: Request, *, suspect: bool = False) -> None:
@@ -311,4 +315,6 @@ def _chunk(share: Share) -> Chunk:
     request, drafts = share.request, share.drafts
     assert request.held is not None
     start = request.held.position
-    return Chunk(request.held, request.tokens[start : start + share.count] + drafts, len(drafts), share.room)
+    tokens = request.tokens[start : start + share.count]
+    tokens += drafts
+    return Chunk(request.held, tokens, len(drafts), share.room)

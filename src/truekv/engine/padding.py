@@ -41,7 +41,7 @@ class StepSize(NamedTuple):
     def of(cls, step: Step) -> StepSize:
         """Measure a step."""
         rows, longest = step.gather.shape
-        return cls(len(step.tokens), rows, longest, step.pages.shape[1])
+        return cls(step.tokens.shape[0], rows, longest, step.pages.shape[1])
 
     def __str__(self) -> str:
         """Say it in words."""

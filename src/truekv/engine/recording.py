@@ -103,9 +103,8 @@ class Recording:
 
     def replay(self) -> torch.Tensor:
         """See Replayable."""
-        with torch.inference_mode():
-            for launch in self._launches:
-                launch()
+        for launch in self._launches:
+            launch()
         return self._output
 
 

@@ -52,6 +52,11 @@ class Request:
         return len(self.tokens) - (self.held.position if self.held else 0)
 
     @property
+    def answered(self) -> bool:
+        """Whether a token of the answer is there."""
+        return len(self.tokens) > len(self.prompt)
+
+    @property
     def generated(self) -> list[int]:
         """The tokens of the answer."""
         return self.tokens[len(self.prompt) :]

@@ -58,40 +58,40 @@ class Runner:
         """
         read = self._readings(wanted, read)
         step = self.arena.reserve(list(chunks))
+        total, count = step.tokens.shape[0], sum(wanted)
         with torch.inference_mode():
+            # After the forward pass, copying it there would make the host wait until that is done.
+            row_N = torch.tensor(_rows(chunks, wanted), device=step.tokens.device) if 0 < count < total else None
             hidden_TH = self.forward(step)
-            rows, largest = _rows(chunks, wanted), self.arena.kernels.ops.largest
-            logits_NV = self._logits(hidden_TH, rows)
-            tokens_N = _drawn(logits_NV, wanted, read)
+            logits_NV = self._logits(hidden_TH if row_N is None else hidden_TH.index_select(0, row_N), count)
+            largest = self.arena.kernels.ops.largest
             # One pass over the numbers finds the largest and those that are none; the host waits for all at once.
-            peaks = cast("list[int]", torch.cat([largest(hidden_TH), largest(logits_NV), tokens_N]).tolist())
-            tokens = _certain(peaks[len(hidden_TH) + len(logits_NV) :], read)
+            found = [largest(hidden_TH), largest(logits_NV), *_drawn(logits_NV, wanted, read)]
+            peaks = cast("list[int]", torch.cat(found).tolist())
+            tokens = _certain(peaks[total + count :], read)
             logits, places = self._to_host(logits_NV, wanted, read, tokens)
-        results: list[torch.Tensor | Corrupted] = []
-        likeliest: list[list[int]] = []
-        token, row = 0, len(hidden_TH)
-        for chunk, count, part_NV in zip(chunks, wanted, logits, strict=True):
-            likeliest.append(peaks[row : row + count])
-            sound = min(peaks[token : token + len(chunk.tokens)] + likeliest[-1], default=0) >= 0
-            results.append(part_NV if sound else Corrupted(_sentence(chunk)))
-            token += len(chunk.tokens)
-            row += count
-        return Ran(hidden_TH, results, places, likeliest, tokens)
+        ends = list(itertools.accumulate(wanted, initial=total))
+        likeliest = [peaks[start:end] for start, end in itertools.pairwise(ends)]
+        rows: list[torch.Tensor | Corrupted] = [*logits]
+        if min(peaks[: total + count]) < 0:
+            for index, (chunk, end) in enumerate(zip(chunks, _ends(chunks), strict=True)):
+                if min(peaks[end - len(chunk.tokens) : end] + likeliest[index], default=0) < 0:
+                    rows[index] = Corrupted(_sentence(chunk))
+        return Ran(hidden_TH, rows, places, likeliest, tokens)
 
     def _readings(self, wanted: Sequence[int], read: Sequence[Reading] | None) -> Sequence[Reading]:
         """Return how much of each chunk's rows goes to the host: where numbers are there anyway, all or nothing."""
         vocab = self.model.spec.vocab_size
         if read is None:
             return [Reading(vocab)] * len(wanted)
-        return read if self.arena.kernels.ops.apart else [Reading(vocab if one.most else 0) for one in read]
+        whole, nothing = Reading(vocab), Reading(0)
+        return read if self.arena.kernels.ops.apart else [whole if one.most else nothing for one in read]
 
-    def _logits(self, hidden_TH: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Return float32 [N, vocab] of some tokens, where the model is."""
-        if not rows:
-            return hidden_TH.new_empty(0, self.model.spec.vocab_size)
-        if len(rows) < len(hidden_TH):
-            hidden_TH = hidden_TH.index_select(0, torch.tensor(rows, device=hidden_TH.device))
-        return self.model.logits(hidden_TH).float()
+    def _logits(self, hidden_NH: torch.Tensor, count: int) -> torch.Tensor:
+        """Return float32 [count, vocab] of `count` tokens, where the model is."""
+        if not count:
+            return hidden_NH.new_empty(0, self.model.spec.vocab_size, dtype=torch.float32)
+        return self.model.logits(hidden_NH).float()
 
     def _to_host(
         self, logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading], tokens: Sequence[list[int]]
@@ -103,10 +103,12 @@ class Runner:
         """
         vocab = logits_NV.shape[1]
         asked = [0 if known else one.most for one, known in zip(read, tokens, strict=True)]
+        places: list[torch.Tensor | None] = [None] * len(wanted)
+        if not any(asked):
+            return [torch.empty(0, vocab)] * len(wanted), places
         whole = [count if most >= vocab else 0 for count, most in zip(wanted, asked, strict=True)]
         short = [count if 0 < most < vocab else 0 for count, most in zip(wanted, asked, strict=True)]
         logits = _split(_kept(logits_NV, wanted, whole).cpu(), whole)
-        places: list[torch.Tensor | None] = [None] * len(wanted)
         if any(short):
             # As many for all, so that all of them can be drawn from at once.
             most = max(most for most, count in zip(asked, short, strict=True) if count)
@@ -154,33 +156,36 @@ class Runner:
 
 def _rows(chunks: Sequence[Chunk], wanted: Sequence[int]) -> list[int]:
     """Return the places of the wanted tokens among all tokens of the step."""
-    rows: list[int] = []
-    end = 0
-    for chunk, count in zip(chunks, wanted, strict=True):
-        end += len(chunk.tokens)
-        rows.extend(range(end - count, end))
-    return rows
+    return [place for end, count in zip(_ends(chunks), wanted, strict=True) for place in range(end - count, end)]
+
+
+def _ends(chunks: Sequence[Chunk]) -> Iterator[int]:
+    """Yield where the tokens of each chunk end among all tokens of the step."""
+    return itertools.accumulate(len(chunk.tokens) for chunk in chunks)
 
 
 def _kept(rows_NV: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
     """Return the first `counts` of each chunk's `wanted` rows; the same tensor if those are all."""
     if sum(counts) == len(rows_NV):
         return rows_NV
-    parts = zip(_split(rows_NV, wanted), counts, strict=True)
-    return torch.cat([part_NV[:count] for part_NV, count in parts])
+    parts = zip(itertools.accumulate(wanted), wanted, counts, strict=True)
+    kept = [rows_NV[end - of : end - of + count] for end, of, count in parts if count]
+    return torch.cat(kept) if kept else rows_NV[:0]
 
 
-def _drawn(logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading]) -> torch.Tensor:
-    """Return the tokens of all readings' points, int64 [points], where the logits are; -1 where one is not certain."""
+def _drawn(logits_NV: torch.Tensor, wanted: Sequence[int], read: Sequence[Reading]) -> Iterator[torch.Tensor]:
+    """Yield the tokens of all readings' points, int64 [points], where the logits are; -1 where one is not certain."""
     pairs = [(one.temperature, point) for one in read for point in one.points]
     if not pairs:
-        return logits_NV.new_empty(0, dtype=torch.int64)
+        return
     temperature_N, point_N = torch.tensor(pairs, dtype=torch.float64).to(logits_NV.device, non_blocking=True).unbind(1)
-    return drawn(_kept(logits_NV, wanted, [len(one.points) for one in read]), temperature_N, point_N)
+    yield drawn(_kept(logits_NV, wanted, [len(one.points) for one in read]), temperature_N, point_N)
 
 
 def _certain(tokens: list[int], read: Sequence[Reading]) -> list[list[int]]:
     """Return the tokens of each reading's points, none where one of them is not certain."""
+    if not tokens:
+        return [[]] * len(read)
     rest = iter(tokens)
     parts = [[next(rest) for _ in one.points] for one in read]
     return [part if min(part, default=0) >= 0 else [] for part in parts]
@@ -199,8 +204,9 @@ def _masses(
 
 
 def _split(rows_NV: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-    ends = list(itertools.accumulate(counts))
-    return [rows_NV[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    none = rows_NV[:0]
+    ends = itertools.accumulate(counts)
+    return [rows_NV[end - count : end] if count else none for end, count in zip(ends, counts, strict=True)]
 
 
 def _sentence(chunk: Chunk) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ALL: Final = 1 << 62
 """More logits than any row has."""
+NOTHING: Final = Reading(0)
 MOST_READ: Final = 1024
 """Beyond so many a whole row is as good."""
 
@@ -77,6 +78,11 @@ class Sampler:
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
         punished = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         self._penalties = Penalties(params, prompt, vocab_size) if punished else None
+        changed = constraint, self._penalties, self._biased, self._banned
+        self.independent = all(one is None for one in changed)
+        """Whether a row of logits is all that a token depends on, so that later rows can be drawn from at once."""
+        self.greedy = self.independent and (params.temperature == 0 or params.top_k == 1)
+        """Whether each token is the first of the largest logits of its row, whatever they are."""
 
     @property
     def finished(self) -> bool:
@@ -86,16 +92,6 @@ class Sampler:
     def allowed(self, drafts: list[int]) -> list[int]:
         """Return the longest beginning of the drafts that the grammar admits, without advancing it."""
         return drafts if self._constraint is None else drafts[: self._constraint.admits(drafts)]
-
-    @property
-    def independent(self) -> bool:
-        """Whether a row of logits is all that a token depends on, so that later rows can be drawn from at once."""
-        return self._constraint is None and self._penalties is None and self._biased is None and self._banned is None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether each token is the first of the largest logits of its row, whatever they are."""
-        return self.independent and (self.params.temperature == 0 or self.params.top_k == 1)
 
     def reads(self, drafts: int = 0) -> Reading:
         """How much is looked at of the rows of the next token and of so many drafts after it.
@@ -107,7 +103,7 @@ class Sampler:
         """
         params = self.params
         if self.greedy:
-            return Reading(0)
+            return NOTHING
         if not self.independent or params.top_k >= MOST_READ:
             return Reading(ALL)
         if params.top_k:

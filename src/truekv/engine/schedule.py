@@ -137,15 +137,16 @@ class Schedule:
         shares: dict[int, Share] = {}
         promised = 0
         budget = self.step_tokens
-        answering = sum(request.pending == 1 for request in order)
-        for request in order:
+        every = [request.pending for request in order]
+        answering = every.count(1)
+        for request, pending in zip(order, every, strict=True):
             if request.held is None:
                 continue  # preempted a moment ago
-            one = request.pending == 1
+            one = pending == 1
             answering -= one
-            share = self._wish(request, budget, budget - 1 - answering if one else 0, memory)
-            while share.count and (missing := self._missing(share, memory)) > memory.available_pages - promised:
-                if self._shrink(share, memory.available_pages - promised, memory):
+            share = self._wish(request, pending, budget, budget - 1 - answering if one else 0, memory)
+            while (missing := self._missing(share, memory)) and missing > (room := memory.available_pages - promised):
+                if self._shrink(share, room, memory):
                     continue
                 victim = self._victim(request)
                 if victim is None:
@@ -159,7 +160,6 @@ class Schedule:
                 self.preemptions += 1
                 self.again(victim)
             if share.count:
-                missing = self._missing(share, memory)
                 promised += missing
                 budget -= share.count + len(share.drafts)
                 shares[request.identity] = share
@@ -187,14 +187,18 @@ class Schedule:
             key=lambda item: (self._turn - item.served <= PATIENCE, item.pending > 1, self._rank(item)),
         )
 
-    def _wish(self, request: Request, budget: int, drafts: int, memory: Memory) -> Share:
+    def _wish(self, request: Request, pending: int, budget: int, drafts: int, memory: Memory) -> Share:
         """Say what a request would take of the step if pages were no matter; at most `drafts` guesses."""
         held = request.held
         assert held is not None
-        count = min(request.pending, budget, memory.certain_limit(held))
-        samples = count == request.pending
-        most = min(drafts, request.remaining - 1, memory.draft_limit(held)) if samples and count else 0
-        guess = request.guess[: max(0, most)]
+        count = min(pending, budget)
+        if count > 1:  # which no limit is below
+            count = min(count, memory.certain_limit(held))
+        samples = count == pending
+        guess: list[int] = []
+        if request.guess and samples and count:
+            most = min(drafts, request.remaining - 1, memory.draft_limit(held))
+            guess = request.guess[: max(0, most)]
         return Share(request, count, samples, guess, self.draft_room if samples else 0)
 
     def _missing(self, share: Share, memory: Memory) -> int:

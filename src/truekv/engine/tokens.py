@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,8 @@ _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 8
 # Tokens kept as left context: enough for decoders that treat the first token of a text specially.
 _CONTEXT = 16
+# Tokens whose text is remembered.
+_KNOWN = 4096
 
 
 class Tokenizer:
@@ -26,6 +29,8 @@ class Tokenizer:
     def __init__(self, library: Library) -> None:
         """Wrap a tokenizer of the tokenizers library."""
         self._library = library
+        # What a token alone says is what the text after it is seen against, at every token of every answer.
+        self._alone = functools.lru_cache(_KNOWN)(self._text_of)
 
     @classmethod
     def open(cls, directory: Path) -> Tokenizer | None:
@@ -63,7 +68,12 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
+        if len(tokens) == 1:
+            return self._alone(tokens[0])
         return self._library.decode(list(tokens), skip_special_tokens=True)
+
+    def _text_of(self, token: int) -> str:
+        return self._library.decode([token], skip_special_tokens=True)
 
     def find(self, text: str) -> int | None:
         """Return the id of a token by its text."""
@@ -159,6 +169,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take text and return (what may be shown, whether a stop string was met)."""
+        if not self._stops:
+            return text, False
         text = self._held + text
         self._held = ""
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]

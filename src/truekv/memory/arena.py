@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 from truekv.core.batch import Sequence
@@ -163,7 +164,8 @@ class Arena:
             )
         for chunk, count in zip(chunks, missing, strict=True):
             sequence, lease = chunk.sequence, self._leases[chunk.sequence.slot]
-            sequence.pages += self._take(count)
+            if count > 0:
+                sequence.pages.extend(self._take(count))
             sequence.reserved = (len(chunk.tokens), chunk.drafts)
             lease.pending = list(chunk.tokens)
             lease.note()
@@ -214,8 +216,9 @@ class Arena:
         sequence.replay = count - (tokens - drafts)
         sequence.reserved = None
         kept = self.plan.pages_for(sequence.position)
-        self._release(sequence.pages[kept:])
-        del sequence.pages[kept:]
+        if kept < len(sequence.pages):
+            self._release(sequence.pages[kept:])
+            del sequence.pages[kept:]
         if self._cache:
             lease.tokens += lease.pending[:count]
             self._cache.publish(lease, sequence.pages)
@@ -246,7 +249,7 @@ class Arena:
                 layer.erase(sequence.slot)
         self._free_slots.append(sequence.slot)
         del self._leases[sequence.slot]
-        sequence.pages, sequence.slot, sequence.reserved, sequence.replay = [], -1, None, 0
+        sequence.pages, sequence.slot, sequence.reserved, sequence.replay = array("q"), -1, None, 0
 
     def drop_cache(self) -> None:
         """Empty the prefix cache. Sequences that are open go on, and leave nothing to others any more."""
@@ -280,7 +283,7 @@ class Arena:
     def _start_from_cache(self, cache: PrefixCache, lease: Lease, tokens: Seq[int]) -> None:
         source, lines = cache.open(lease, tokens, self.free_pages)
         sequence = lease.sequence
-        sequence.pages = [node.page for node in lease.nodes]
+        sequence.pages = array("q", [node.page for node in lease.nodes])
         if source is not None:
             (page,) = self._take(1)
             for layer in self._paged():

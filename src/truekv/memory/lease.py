@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ class Lease:
     """Never used again, unlike the slot."""
     position: int = 0
     replay: int = 0
-    pages: tuple[int, ...] = ()
+    pages: array[int] = field(default_factory=lambda: array("q"))
     reserved: tuple[int, int] | None = None
 
     salt: str = ""
@@ -44,12 +45,12 @@ class Lease:
         """Take over what the arena has just written into the sequence."""
         sequence = self.sequence
         self.position, self.replay = sequence.position, sequence.replay
-        self.pages, self.reserved = tuple(sequence.pages), sequence.reserved
+        self.pages, self.reserved = sequence.pages[:], sequence.reserved
 
     def verify(self) -> None:
         """Raise Corrupted when the sequence says something else."""
         sequence = self.sequence
-        claimed = (sequence.position, sequence.replay, tuple(sequence.pages), sequence.reserved)
+        claimed = (sequence.position, sequence.replay, sequence.pages, sequence.reserved)
         known = (self.position, self.replay, self.pages, self.reserved)
         if claimed != known:
             names = ("position", "replay", "pages", "reserved")

@@ -19,6 +19,7 @@ from truekv.core.errors import Corrupted
 from truekv.memory.tree import Node, Tree, descend
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable, Iterable
     from collections.abc import Sequence as Seq
 
@@ -113,10 +114,10 @@ class PrefixCache:
         path = self.tree.match(salt, tokens[: max(0, len(tokens) - 1)], self._page_tokens)
         return sum(node.holders > 0 for node in (path[: _usable(path)] if self._recurrent else path))
 
-    def publish(self, lease: Lease, pages: list[int]) -> None:
+    def publish(self, lease: Lease, pages: array[int]) -> None:
         """Show the complete pages of a lease to others; where one shows the same already, that one is held instead."""
         size, tree = self._page_tokens, self.tree
-        while self._publishes(lease) and (len(lease.nodes) + 1) * size <= len(lease.tokens):
+        while (len(lease.nodes) + 1) * size <= len(lease.tokens) and self._publishes(lease):
             index = len(lease.nodes)
             key = tuple(lease.tokens[index * size : (index + 1) * size])
             parent = lease.nodes[-1] if index else None

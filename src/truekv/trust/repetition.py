@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class Repetition:
         """Tokens that equal the one a period before."""
         self._next = 0
         self._seen: dict[tuple[int, ...], int] = {}
-        self._counts: Counter[int] = Counter()
+        self._counts: dict[int, int] = {}
 
     def look(self, tokens: Sequence[int], start: int) -> bool:
         """Take in the tokens that are new, of an answer that starts at `start`; whether it repeats itself.
@@ -60,11 +59,14 @@ class Repetition:
 
     def _forget(self, tokens: Sequence[int], start: int, here: int) -> None:
         """Drop what is further back than any period, so that memory does not grow with the answer."""
-        self._counts[tokens[here]] += 1
+        counts, token = self._counts, tokens[here]
+        counts[token] = counts.get(token, 0) + 1
         if (old := here - WINDOW) >= start:
-            self._counts[tokens[old]] -= 1
-            if not self._counts[tokens[old]]:
-                del self._counts[tokens[old]]
+            token = tokens[old]
+            if counts[token] > 1:
+                counts[token] -= 1
+            else:
+                del counts[token]
         if (old := here - PERIOD) >= start + _GRAM - 1:
             gram = tuple(tokens[old + 1 - _GRAM : old + 1])
             if self._seen.get(gram) == old:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from truekv.memory.layout import lay_out
 def step(rows: int, width: int, new: int = 1) -> None:
     """Store and attend to new tokens of so many rows, whose table has so many pages."""
     # As memory lays it out: parts of one tensor, at even and at odd places of it.
-    sequences = [Sequence(pages=list(range(width)), slot=row) for row in range(rows)]
+    sequences = [Sequence(pages=array("q", range(width)), slot=row) for row in range(rows)]
     described = lay_out([(one, width * PAGE - 5 - new, [0] * new, 0) for one in sequences], PAGE, torch.device("cpu"))
     for window in (None, 7, 16 * width):
         attend(stored, 2, described, window)

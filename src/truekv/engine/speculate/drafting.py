@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from truekv.engine.speculate.adapt import START, DraftLength
 from truekv.engine.speculate.mtp import Row
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 _LEARNING: Final = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(NamedTuple):
     """One request's share of a step that has run and is still provisional."""
 
     share: Share
