@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +18,10 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Tests that name no number of their own scale with it: fifty times the default.
-settings.register_profile("campaign", max_examples=50 * settings.default.max_examples, deadline=None)
+# A machine that is busy with something else has no bug.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
+settings.register_profile("campaign", max_examples=50 * settings.default.max_examples)
 _LEFT_OUT = pytest.StashKey[int]()
 
 
