@@ -114,7 +114,7 @@ def serve(directory: Path, kv: str, dtype: Any, device: torch.device, *, misplac
     arena = Arena(spec, planned, kernels, check_finite=False, device=device)
     graphs = StepGraphs(lambda step: model.forward(step, arena.layers), arena)
     runner = Runner(model, arena, graphs)
-    predictor = Predictor(model, arena, lambda run: StepGraphs(run, arena, graphs.scratch)) if heads else None
+    predictor = Predictor(model, arena, lambda run: StepGraphs(run, arena, graphs)) if heads else None
     held = [arena.open() for _ in range(SEQUENCES)]
     shapes: list[list[tuple[int, ...]]] = []
     for count, drafts, wanted in ((40, 0, 1), (3, 0, 0), (1, 0, 1), (1 + DRAFTS, DRAFTS, 1 + DRAFTS)):

@@ -177,9 +177,7 @@ def test_two_captures_share_a_scratch_and_take_tensors_beside_the_step(
     def shifted(model: Model, step: Step, arena: Arena, by: torch.Tensor) -> torch.Tensor:
         return model.forward(step, arena.layers) + by
 
-    graphs = StepGraphs(
-        lambda step, by: shifted(twins.model, step, twins.captured, by), twins.captured, twins.graphs.scratch
-    )
+    graphs = StepGraphs(lambda step, by: shifted(twins.model, step, twins.captured, by), twins.captured, twins.graphs)
     assert graphs.scratch is twins.graphs.scratch
     for number in range(1, 4):
         sides: list[torch.Tensor] = []
@@ -258,8 +256,8 @@ def test_warming_up_records_every_size_and_changes_no_memory(checkpoint: Callabl
         twins.step(asked)
     seen: list[tuple[int, int]] = []
     twins.graphs.warm(4, progress=lambda done, total: seen.append((done, total)))
-    # 1 to 16 tokens in rows of 1 and of 1 + DRAFTS.
-    assert seen == [(done, 32) for done in range(33)]
+    # 1 to 16 tokens in rows of 1 and of 1 + DRAFTS, in tables of 1 and of 4 pages.
+    assert seen == [(done, 64) for done in range(65)]
     assert all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for _, ours, theirs in twins.memories())
     recorded = twins.graphs.recorded
     assert not list(differences(twins, seed=2, steps=0))
@@ -271,7 +269,8 @@ def test_no_table_is_wider_than_the_longest_sequence(checkpoint: Callable[[str],
     twins = Twins(checkpoint("dense"), "f32", "native")
     plan, sizes = twins.captured.plan, twins.graphs.sizes
     widest = plan.pages_for(LONGEST + DRAFTS)
-    assert {size.pages for size in sizes.within(10 * widest)} == {widest}
+    assert {size.pages for size in sizes.within(10 * widest)} == {1, 4, widest}
+    assert sizes.within(10 * widest)[0].pages == widest
     assert widest % 4, "four times a narrower one"
     step = twins.captured.reserve([Chunk(twins.held[0][1], list(range(LONGEST)))])
     held = sizes.holding(dataclasses.replace(step, tokens=step.tokens[:1], gather=step.gather[:, :1]))
@@ -299,6 +298,58 @@ def test_only_so_many_sizes_are_kept(checkpoint: Callable[[str], Checkpoint], mo
         eager, captured = twins.step({index: ([5], 0, 0) for index in range(rows)})
         assert torch.equal(eager, captured)
         assert twins.graphs.recorded == recorded
+
+
+@native_only
+def test_a_size_without_room_runs_as_it_is_and_says_so_once(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(recording.Recording):
+        def __init__(self, function: Callable[[], torch.Tensor]) -> None:
+            super().__init__(function)
+            if len(self._output) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(capture, "recorder", lambda _: Full)
+    twins = Twins(checkpoint("gdn"), "int8", "native")
+    assert not list(differences(twins, steps=24))
+    assert twins.graphs.replays > 0
+    assert twins.graphs.eager > SEQUENCES
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said)) == list(twins.graphs._captured.values()).count(None) > 1
+    assert all(text.startswith("steps of ") and "give the cache less memory" in text for text in said)
+    # What was refused once is not tried again.
+    recorded = twins.graphs.recorded
+    twins.graphs.warm(1, progress=lambda _done, _total: None)
+    twins.graphs.warm(1, progress=lambda _done, _total: None)
+    assert twins.graphs.recorded - recorded <= 2 * 2
+    assert len({record.getMessage() for record in caplog.records}) == len(caplog.records)
+
+
+@native_only
+def test_on_a_gpu_no_size_makes_room_for_another(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "NARROWEST", 16)
+    checked = checkpoint("dense")
+    spec = checked.architecture.spec
+    formats = choose_formats(spec, "int8", "", "float32")
+    kernels = select(spec, formats, backend="native")
+    planned = plan(spec, formats, max_model_len=32, max_num_seqs=257, drafts=3, memory=1 << 28)
+    arena = Arena(spec, planned, kernels, check_finite=False)
+    graphs = StepGraphs(lambda step: step.tokens.float(), arena)
+    assert graphs._most == capture.MOST_CAPTURED
+    monkeypatch.setattr(arena, "device", torch.device("cuda", 0))
+    sizes = capture.StepSizes(arena)
+    assert sizes.within(1)[0] == padding.StepSize(512, 257, 4, 2)
+    assert len(sizes) == len(sizes.within(capture.WARMED_PAGES)) == 2 * 23
+    # As many rows as ever, and every sequence longer than the last table that is warmed.
+    monkeypatch.setattr(arena, "plan", dataclasses.replace(planned, longest=262_144))
+    sizes = capture.StepSizes(arena)
+    widths = sorted({size.pages for size in sizes.within(capture.WARMED_PAGES)})
+    assert widths == [16, 64, 256]
+    assert len(sizes) == 2 * 23 * 6 > capture.MOST_CAPTURED
+    assert StepGraphs(lambda step: step.tokens.float(), arena, graphs)._most == len(sizes)
 
 
 @native_only
@@ -362,7 +413,7 @@ def test_a_forward_that_reads_the_host_is_refused(
     graphs = StepGraphs(
         lambda step: twins.model.forward(step, twins.captured.layers) + read(step),
         twins.captured,
-        twins.graphs.scratch,
+        twins.graphs,
     )
     with pytest.raises(Refused, match="reads on the host what its numbers decide \\(_local_scalar_dense\\)"):
         graphs(twins.captured.reserve([Chunk(twins.held[0][1], [5])]))

@@ -143,6 +143,9 @@ class CudaRecording:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                # A capture that had no room may end with an error of its own.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
                 reason = next(iter(str(error).splitlines()), "no reason given")
                 raise Refused(
                     f"a step of this model cannot be captured as a CUDA graph ({reason[:200]}); turn capture off, or "

@@ -190,7 +190,7 @@ def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) ->
     if speculation.method == "mtp":
 
         def replayed(run: Guess) -> Guess:
-            return StepGraphs(run, arena, graphs.scratch) if graphs else run
+            return StepGraphs(run, arena, graphs) if graphs else run
 
         predictor = Predictor(model, arena, replayed)
         rehearse = functools.partial(predictor.rehearse, dtype=getattr(torch, blueprint.dtype))
