@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
-from truekv.core.errors import Refused, TrueKVError
+from truekv.core.errors import OutOfMemory, Refused, TrueKVError
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
 from truekv.core.options import EngineOptions, SamplingParams
@@ -170,8 +170,8 @@ class LLM:
 
         `priority`: one number per prompt, of which lower ones go first. `cache_salt`: only prompts of
         the same salt share what the prefix cache holds. All prompts are checked before any is run. If one
-        fails (Corrupted: its numbers became non-finite; ConstraintFailed) the others are still finished,
-        then its error is raised.
+        fails (Corrupted: its numbers became non-finite; ConstraintFailed; OutOfMemory: a step had no room on the
+        device) the others are still finished, then its error is raised.
         """
         listed = _as_list(prompts)
         one = params if isinstance(params, SamplingParams) else SamplingParams()
@@ -256,6 +256,8 @@ class LLM:
         try:
             steps = self._engine.runner.teacher_force(held, token_ids, _repeat_last(sizes))
             return torch.cat(list(steps))
+        except torch.OutOfMemoryError:
+            raise OutOfMemory.step(min(len(token_ids), max(sizes)), 1) from None
         finally:
             arena.close(held)
 
