@@ -49,10 +49,10 @@ class Twice:
     def __init__(self, function: Callable[[], torch.Tensor]) -> None:
         with torch.no_grad(), recording():
             function()
-            self._output = function()
+            self.output = function()
 
     def replay(self) -> torch.Tensor:
-        return self._output
+        return self.output
 
 
 def launch(kernel: Any, *arguments: object, **_: object) -> None:
@@ -80,6 +80,9 @@ def fake() -> torch.device:
 
     def tensor(data: object, *, device: Any = None, **options: Any) -> torch.Tensor:
         made = plain(data, **options)
+        if isinstance(made, FakeTensor):
+            # Of one number torch knows the value, and would compute with it.
+            made.constant = None
         return made if device is None else made.to(device)
 
     torch.tensor = tensor  # type: ignore[assignment]

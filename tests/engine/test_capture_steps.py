@@ -307,7 +307,7 @@ def test_a_size_without_room_runs_as_it_is_and_says_so_once(
     class Full(recording.Recording):
         def __init__(self, function: Callable[[], torch.Tensor]) -> None:
             super().__init__(function)
-            if len(self._output) > 2:
+            if len(self.output) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(capture, "recorder", lambda _: Full)
@@ -326,30 +326,47 @@ def test_a_size_without_room_runs_as_it_is_and_says_so_once(
     assert len({record.getMessage() for record in caplog.records}) == len(caplog.records)
 
 
-@native_only
-def test_on_a_gpu_no_size_makes_room_for_another(
+def test_on_a_gpu_sizes_are_few_and_tables_that_are_warmed_hold_usual_contexts(
     checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capture, "NARROWEST", 16)
-    checked = checkpoint("dense")
-    spec = checked.architecture.spec
+    spec = checkpoint("dense").architecture.spec
     formats = choose_formats(spec, "int8", "", "float32")
-    kernels = select(spec, formats, backend="native")
-    planned = plan(spec, formats, max_model_len=32, max_num_seqs=257, drafts=3, memory=1 << 28)
-    arena = Arena(spec, planned, kernels, check_finite=False)
-    graphs = StepGraphs(lambda step: step.tokens.float(), arena)
-    assert graphs._most == capture.MOST_CAPTURED
-    monkeypatch.setattr(arena, "device", torch.device("cuda", 0))
-    sizes = capture.StepSizes(arena)
-    assert sizes.within(1)[0] == padding.StepSize(512, 257, 4, 2)
-    assert len(sizes) == len(sizes.within(capture.WARMED_PAGES)) == 2 * 23
-    # As many rows as ever, and every sequence longer than the last table that is warmed.
-    monkeypatch.setattr(arena, "plan", dataclasses.replace(planned, longest=262_144))
-    sizes = capture.StepSizes(arena)
-    widths = sorted({size.pages for size in sizes.within(capture.WARMED_PAGES)})
-    assert widths == [16, 64, 256]
-    assert len(sizes) == 2 * 23 * 6 > capture.MOST_CAPTURED
-    assert StepGraphs(lambda step: step.tokens.float(), arena, graphs)._most == len(sizes)
+    planned = plan(spec, formats, max_model_len=32, max_num_seqs=257, drafts=3)
+    sizes = capture.StepSizes(planned, cpu=False).within(capture.WARMED_PAGES)
+    assert sizes[0] == padding.StepSize(512, 257, 4, 2)
+    assert sizes[-1] == padding.StepSize(1, 1, 1, 2)
+    assert len(sizes) == 2 * 23
+    sizes = capture.StepSizes(dataclasses.replace(planned, longest=262_144), cpu=False).within(capture.WARMED_PAGES)
+    assert sorted({size.pages for size in sizes}) == [16, 64, 256]
+    # The largest first: what it lets go of is enough for every other.
+    assert [size.pages * size.rows for size in sizes[:2]] == [256 * 257] * 2
+    assert all(most >= count for size in sizes for most, count in zip(sizes[0], size, strict=True))
+
+
+@native_only
+def test_on_a_gpu_a_size_is_dropped_for_memory_alone(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MOST_CAPTURED", 1)
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    monkeypatch.setattr(twins.graphs, "_cpu", False)
+    for rows in (1, 2, 3, 4, 1, 2, 3, 4):
+        twins.step({index: ([5], 0, 0) for index in range(rows)})
+    assert twins.graphs.recorded == 4
+    kept = sum(one.nbytes for one in twins.graphs._captured.values() if one)
+    # What a size really keeps is no more than is said of it.
+    for one in twins.graphs._captured.values():
+        assert one is not None
+        padded = one._padded
+        held = [padded._first, padded._numbers, *padded._places.values(), one._recording.output]
+        assert sum(tensor.nbytes for tensor in held) <= one.nbytes
+    monkeypatch.setattr(capture, "KEPT", kept)
+    twins.step({0: ([5, 6], 1, 0)})
+    assert twins.graphs.recorded == 5
+    assert sum(one.nbytes for one in twins.graphs._captured.values() if one) <= kept
+    before = [size.rows for size, *_ in twins.graphs._captured]
+    assert before[:1] != [1], "that was used longest ago"
 
 
 @native_only

@@ -15,7 +15,7 @@ from truekv.core.batch import Chunk
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
 from truekv.core.recording import recording
-from truekv.engine.padding import PaddedStep, StepSize, nobody
+from truekv.engine.padding import PaddedStep, StepSize, buffers, nobody
 from truekv.engine.recording import Recording, recorder
 from truekv.memory.pages import PagedLayer
 from truekv.memory.states import StateLayer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
     from truekv.engine.recording import Recorder
     from truekv.memory.arena import Arena
+    from truekv.memory.plan import MemoryPlan
 
     Forward = Callable[..., torch.Tensor]
     """A function of a Step and of tensors [T, ...] that returns [T, ...]."""
@@ -34,6 +35,8 @@ MOST_TOKENS: Final = {"cpu": 256, "cuda": 512}
 """Of a step that is captured: beyond, launching it is a small part of running it."""
 MOST_CAPTURED: Final = 64
 """Sizes kept at once on a CPU, where recording one again is cheap; of more, those that were used last."""
+KEPT: Final = 512 << 20
+"""Bytes that all sizes may keep on a GPU beside what they share: wide page tables are large. Of more, likewise."""
 NARROWEST: Final = 16
 """Pages in the narrowest table; each wider one has four times as many, up to what the longest sequence needs."""
 WARMED_PAGES: Final = 256
@@ -52,6 +55,11 @@ class Captured:
         self._padded = PaddedStep(step, tensors)
         self._size = StepSize.of(step)
         self._recording = record(lambda: forward(self._padded.step, *self._padded.tensors))
+
+    @property
+    def nbytes(self) -> int:
+        """The most that is kept for this size alone."""
+        return buffers(self._size) + self._recording.output.nbytes
 
     @property
     def host_reads(self) -> tuple[str, ...]:
@@ -76,9 +84,8 @@ class StepSizes:
     A size has as many rows as tokens, up to all sequences, because rows without tokens cost nothing.
     """
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, plan: MemoryPlan, *, cpu: bool) -> None:
         """Derive them from the plan, whose last slot is for the scratch."""
-        plan, cpu = arena.plan, arena.device.type == "cpu"
         self._slots = plan.slots
         most = min(MOST_TOKENS["cpu" if cpu else "cuda"], (plan.slots - 1) * (1 + plan.drafts))
         self._tokens = _token_counts(most, cpu=cpu)
@@ -109,10 +116,6 @@ class StepSizes:
             for tokens in reversed(self._tokens)
             for longest in reversed(self._longest)
         ]
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._tokens) * len(self._longest) * len(self._pages)
 
     def _size(self, tokens: int, longest: int, pages: int) -> StepSize:
         return StepSize(tokens, min(tokens, self._slots), longest, pages)
@@ -157,14 +160,12 @@ class StepGraphs:
         """Reserved for one token that never becomes real."""
         if not self.scratch.pages:
             arena.reserve([Chunk(self.scratch, [0])])
-        self.sizes = StepSizes(arena)
+        self.sizes = StepSizes(arena.plan, cpu=arena.device.type == "cpu")
         self.replays = self.recorded = self.eager = 0
         self._forward = forward
-        self._device = arena.device
+        self._device, self._cpu = arena.device, arena.device.type == "cpu"
         self.record: Recorder = recorder(arena.device) if beside is None else beside.record
         """Makes recordings, which share their memory."""
-        # On a GPU all of them: a size that is captured again holds up a request, and the plan counts what they keep.
-        self._most = MOST_CAPTURED if arena.device.type == "cpu" else max(MOST_CAPTURED, len(self.sizes))
         self._captured: OrderedDict[tuple[object, ...], Captured | None] = OrderedDict()
 
     def __call__(self, step: Step, *tensors: torch.Tensor) -> torch.Tensor:
@@ -192,15 +193,18 @@ class StepGraphs:
             progress(done, len(sizes))
             self._capture(size, *tensors)
         progress(len(sizes), len(sizes))
+        if not self._cpu:
+            # What runs on the stream aside have left there, no other stream can take.
+            torch.cuda.empty_cache()
 
     def _capture(self, size: StepSize, *tensors: torch.Tensor) -> Captured | None:
         """Return what was recorded for a size, now if not before; None for one that has no room on the device."""
         key = (size, *((tensor.shape[1:], tensor.dtype) for tensor in tensors))
         if key not in self._captured:
-            if len(self._captured) == self._most:
-                self._captured.popitem(last=False)
             try:
-                self._captured[key] = self._recorded(size, tensors)
+                captured = self._recorded(size, tensors)
+                self._make_room(captured.nbytes)
+                self._captured[key] = captured
             except torch.OutOfMemoryError:
                 # Nobody tries again: what is missing now is held by weights, rows and other sizes, which stay.
                 self._captured[key] = None
@@ -211,6 +215,14 @@ class StepGraphs:
                 )
         self._captured.move_to_end(key)
         return self._captured[key]
+
+    def _make_room(self, nbytes: int) -> None:
+        """Drop those that were used longest ago, on a GPU only for memory: recording one again holds up a request."""
+        held = self._captured
+        while held and (
+            len(held) >= MOST_CAPTURED if self._cpu else sum(one.nbytes for one in held.values() if one) + nbytes > KEPT
+        ):
+            held.popitem(last=False)
 
     def _recorded(self, size: StepSize, tensors: tuple[torch.Tensor, ...]) -> Captured:
         empty = nobody(size, self.scratch.slot, self.scratch.pages[0], self._device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,14 +13,18 @@ from truekv.core.device import choose_device
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
+from truekv.core.options import SEQUENCES, STEP_TOKENS
 from truekv.core.resident import release
 from truekv.kernels.table import CUDA, NATIVE, TRITON
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from truekv.core.batch import Step
     from truekv.core.options import EngineOptions
     from truekv.core.protocols import CacheFormat
     from truekv.core.spec import ModelSpec
+    from truekv.engine.activations import Activations, Parts
     from truekv.engine.capture import StepGraphs
     from truekv.engine.generate import Engine
     from truekv.engine.run import Runner
@@ -38,7 +42,9 @@ EMBEDDED: Final = ("tiny-hybrid", "tiny-mla", "tiny-dense")
 # In a folder of its own: other engines load every safetensors file that lies beside config.json.
 FRAMES_FILE: Final = "truekv/kv_cache_frames.safetensors"
 DEVICE_SHARE: Final = 0.9
-"""Of a CUDA device's free memory, for weights, rows and states; the rest is for what a step computes."""
+"""Of a CUDA device's free memory, for weights, steps, rows and states.
+
+The rest is for the code of kernels, the libraries' workspaces, and what torch's allocator rounds and cannot join."""
 
 Measured = Mapping[tuple[int, str], "Frame"]
 Formats = tuple["tuple[CacheFormat, ...] | None", ...]
@@ -58,6 +64,12 @@ class Blueprint:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     device: torch.device
+    sequences: int
+    """At once in memory."""
+    step_tokens: int
+    """Most of a step."""
+    parts: Parts | None
+    """What attention on a GPU may leave to be merged, which the plan has room for."""
 
 
 def locate(model: str) -> str:
@@ -70,6 +82,7 @@ def locate(model: str) -> str:
 
 def design(model: str, options: EngineOptions) -> Blueprint:
     """Decide everything and refuse whatever cannot run. Reads JSON and headers; allocates nothing."""
+    from truekv.engine.activations import activations
     from truekv.engine.tokens import Tokenizer
     from truekv.formats.choice import choose_formats
     from truekv.kernels.table import select
@@ -95,36 +108,73 @@ def design(model: str, options: EngineOptions) -> Blueprint:
         formats,
         draft_formats=draft_formats,
         max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
         drafts=options.drafts,
         dtype=dtype,
         checkpoints=None if options.enable_prefix_caching else 0,
         # A captured step's padding is a sequence of its own.
         scratch=int(captures(options, kernels, device)),
     )
-    planned = divided(memory=options.memory)
-    if options.memory is None and device.type == "cuda":
+    step_tokens = options.max_num_batched_tokens or STEP_TOKENS[device.type]
+    parts = None
+    if device.type == "cuda":
         weights = checkpoint.bytes_in(dtype)
         room = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) - weights
-        if planned.total_bytes > room:
-            planned = divided(memory=max(0, room), reserved=weights)
+        needed = functools.partial(
+            activations, checkpoint.architecture, step_tokens=step_tokens, captured=captures(options, kernels, device)
+        )
+        sequences, planned, parts = _on_device(options, divided, needed, room, weights)
+    else:
+        sequences = options.max_num_seqs or SEQUENCES[device.type]
+        planned = divided(memory=options.memory, max_num_seqs=sequences)
+    options = replace(options, max_num_seqs=sequences, max_num_batched_tokens=step_tokens)
     _fits_guesses(options, planned)
     measured = _measured(checkpoint, options.kv_cache_frames, model)
     _permit(spec, formats, draft_formats or (), measured, model)
     tokenizer = Tokenizer.open(checkpoint.directory)
     template = ChatTemplate.open(checkpoint.directory)
     checkpoint.check()
-    return Blueprint(checkpoint, options, dtype, formats, measured, kernels, planned, tokenizer, template, device)
+    return Blueprint(
+        *(checkpoint, options, dtype, formats, measured, kernels, planned, tokenizer, template, device),
+        *(sequences, step_tokens, parts),
+    )
+
+
+def _on_device(
+    options: EngineOptions,
+    divided: Callable[..., MemoryPlan],
+    needed: Callable[[MemoryPlan], Activations],
+    room: int,
+    weights: int,
+) -> tuple[int, MemoryPlan, Parts]:
+    """Choose how many sequences, where that is not asked for, and divide what weights leave of a device.
+
+    `needed` says of a plan what its steps take of the `room`. What is given as memory is for rows and states alone.
+    """
+    room = room if options.memory is None else options.memory
+    sequences = options.max_num_seqs or SEQUENCES["cuda"]
+    while True:
+        planned = divided(max_num_seqs=sequences)
+        steps = needed(planned)
+        taken = 0 if options.memory is not None else steps.nbytes
+        states = planned.slots * planned.state_bytes_per_sequence
+        if options.max_num_seqs or sequences == 1 or 3 * (states + taken) <= room:
+            break
+        sequences //= 2
+    divided = functools.partial(divided, max_num_seqs=sequences, steps=steps.nbytes)
+    if options.memory is not None or planned.total_bytes > room - taken:
+        return sequences, divided(memory=max(0, room - taken), reserved=weights), steps.parts
+    return sequences, divided(), steps.parts
 
 
 def build(blueprint: Blueprint) -> Engine:
     """Load the weights, allocate the memory that was planned, and start the engine."""
-    from truekv.engine.capture import StepGraphs
+    from truekv.engine.capture import WARMED_PAGES, StepGraphs
     from truekv.engine.generate import Engine
     from truekv.engine.run import Runner
     from truekv.engine.schedule import Schedule
     from truekv.engine.tokens import end_tokens
     from truekv.memory.arena import Arena
+    from truekv.serve.progress import Bar
     from truekv.trust.sentinel import Sentinel
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
@@ -147,14 +197,19 @@ def build(blueprint: Blueprint) -> Engine:
         return model.forward(step, arena.layers)
 
     graphs = StepGraphs(forward, arena) if captured else None
+    if graphs and warms(blueprint.device):
+        with Bar("capturing steps") as bar:
+            graphs.warm(WARMED_PAGES, progress=bar.update)
     runner = Runner(model, arena, graphs)
     drafter = _drafter(blueprint, runner, graphs)
     schedule = Schedule(
         pages=arena.available_pages,
         page_tokens=plan.page_tokens,
-        sequences=options.max_num_seqs,
-        step_tokens=options.max_num_batched_tokens,
+        sequences=blueprint.sequences,
+        step_tokens=blueprint.step_tokens,
         draft_room=drafter.room if drafter else 0,
+        drafts=plan.drafts,
+        parts=blueprint.parts,
     )
     engine = Engine(
         runner,
@@ -177,11 +232,20 @@ def captures(options: EngineOptions, kernels: Kernels, device: torch.device) -> 
     return options.capture == "on" or (options.capture == "auto" and kernels.backend in fast)
 
 
+def warms(device: torch.device) -> bool:
+    """Whether steps are recorded before they are needed: on a GPU a new size compiles kernels and is run twice.
+
+    On a CPU a recording costs little more than the step that it is made of.
+    """
+    return device.type == "cuda"
+
+
 def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) -> Drafter | None:
     from truekv.engine.capture import StepGraphs
     from truekv.engine.speculate.adapt import draft_cost
     from truekv.engine.speculate.drafting import Drafter
     from truekv.engine.speculate.mtp import Predictor
+    from truekv.serve.progress import Bar
 
     speculation, model, arena = blueprint.options.speculative_config, runner.model, runner.arena
     if speculation is None:
@@ -192,8 +256,12 @@ def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) ->
         def replayed(run: Guess) -> Guess:
             return StepGraphs(run, arena, graphs) if graphs else run
 
+        dtype = getattr(torch, blueprint.dtype)
         predictor = Predictor(model, arena, replayed)
-        rehearse = functools.partial(predictor.rehearse, dtype=getattr(torch, blueprint.dtype))
+        rehearse = functools.partial(predictor.rehearse, dtype=dtype)
+        if graphs and warms(arena.device):
+            with Bar("capturing guesses") as bar:
+                predictor.warm(speculation.num_speculative_tokens, dtype, bar.update)
 
     def run(step: Step) -> torch.Tensor:
         with torch.inference_mode():

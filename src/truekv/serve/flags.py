@@ -225,8 +225,11 @@ class EngineFlags:
         int, typer.Option(help="Tokens between a prompt's saved recurrent states.", rich_help_panel="Engine")
     ] = 512
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Most tokens of a step: the prefill chunk.", rich_help_panel="Engine")
-    ] = 512
+        int | None,
+        typer.Option(
+            help="Most tokens of a step: the prefill chunk; default: 512, on a GPU 2048.", rich_help_panel="Engine"
+        ),
+    ] = None
     speculative_config: Annotated[
         str,
         typer.Option(

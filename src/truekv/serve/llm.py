@@ -31,8 +31,8 @@ class EngineKeywords(TypedDict, total=False):
     kv_cache_map: str
     kv_cache_frames: str | None
     max_model_len: int | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
     speculative_config: Speculation | Mapping[str, Any] | str | None
     enable_prefix_caching: bool
     prefix_checkpoint_interval: int
@@ -149,7 +149,7 @@ class LLM:
 
     @property
     def options(self) -> EngineOptions:
-        """How the engine runs."""
+        """How the engine runs, with the device's defaults where nothing was asked for."""
         return self._blueprint.options
 
     @property
@@ -246,7 +246,7 @@ class LLM:
 
         `chunk`: tokens per step, or the sizes of the chunks one after the other; the last one repeats.
         """
-        chunk = self.options.max_num_batched_tokens if chunk is None else chunk
+        chunk = self._blueprint.step_tokens if chunk is None else chunk
         sizes = [chunk] if isinstance(chunk, int) else chunk
         if not sizes or min(sizes) < 1:
             raise Refused(f"chunk is {chunk!r}, but a step takes at least one token")
