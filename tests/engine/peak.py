@@ -1,7 +1,7 @@
 """What steps allocate on a device that is not there, next to what is kept for them: `python peak.py CONFIG`.
 
 Every storage that torch makes on the device is counted while it lives; nothing is computed. Says in JSON, for
-each compute dtype, what steps of each kind took and what was kept. A process of its own, as placement.py is.
+each pass, what steps of each kind took and what was kept. A process of its own, as placement.py is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ from truekv.memory.arena import Arena
 from truekv.memory.plan import plan
 from truekv.models.weights import understand
 
-DRAFTS, SEQUENCES, TOKENS, LONGEST, BEST = 3, 16, 2048, 16_384, 64
+DRAFTS, SEQUENCES, LONGEST, BEST = 3, 16, 16_384, 64
+CAPTURED = "sums of attention"
+PASSES = {
+    "logits": ("int8", "bfloat16", 1 << 20, 2048),
+    "layers": ("f32", "float32", 1000, 2048),
+    CAPTURED: ("int8", "bfloat16", 1000, 128),
+}
+"""Rows, compute dtype, most logits of a token and most tokens of a step, by what takes most."""
 
 
 class Counted(FakeTensorMode):
@@ -70,14 +78,14 @@ class Counted(FakeTensorMode):
         return sum(size for _, size in self._live.values()) - self._before
 
 
-def mixes(parts: Any) -> dict[str, list[tuple[int, int]]]:
+def mixes(parts: Any, most: int) -> dict[str, list[tuple[int, int]]]:
     """Steps as (tokens, drafts) of each row: those of which something is largest, and more prompts than have room."""
     verified = [(1 + DRAFTS, DRAFTS)] * SEQUENCES
-    found = {"prompt": [(TOKENS, 0)], "tokens": [(1, 0)] * SEQUENCES, "drafts": verified}
-    for length in (5, 64, TOKENS - (1 + DRAFTS) * (SEQUENCES - 1)):
+    found = {"prompt": [(most, 0)], "tokens": [(1, 0)] * SEQUENCES, "drafts": verified}
+    for length in (5, most // 4, most - (1 + DRAFTS) * (SEQUENCES - 1)):
         found[f"{length} beside drafts"] = [*verified[1:], (length, 0)]
-    for length in (5, 64, 128):
-        many, pages = SEQUENCES, -(-LONGEST // parts.page_tokens)
+    for length in (5, 64, most // SEQUENCES):
+        many, pages = min(SEQUENCES, most // length), -(-LONGEST // parts.page_tokens)
         # As many as the schedule would take.
         while many > 1 and parts.of(many * length, length, pages) > parts.most:
             many -= 1
@@ -85,7 +93,7 @@ def mixes(parts: Any) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def run(architecture: Any, kv: str, dtype: Any, counted: Counted) -> dict[str, Any]:
+def run(architecture: Any, kv: str, dtype: Any, most: int, counted: Counted, *, captured: bool) -> dict[str, Any]:
     """Return bytes that were kept, and those that steps took, eager ones by their kind and captured ones."""
     device, heads = counted.place, bool(architecture.spec.draft_layers)
     architecture = architecture.with_draft_head() if heads else architecture
@@ -94,10 +102,10 @@ def run(architecture: Any, kv: str, dtype: Any, counted: Counted) -> dict[str, A
     draft_formats = choose_formats(spec, kv, "", dtype, draft=True) if heads else None
     kernels = select(spec, formats, draft_formats or (), backend="triton", device=device)
     longest = min(LONGEST, spec.max_positions)
-    depth = max(1, longest - TOKENS - DRAFTS)
+    depth = max(1, longest - most - DRAFTS)
     asked: dict[str, Any] = {"max_model_len": longest, "max_num_seqs": SEQUENCES, "drafts": DRAFTS, "dtype": dtype}
     planned = plan(spec, formats, **asked, draft_formats=draft_formats, scratch=1)
-    kept = activations(architecture, planned, TOKENS, captured=True)
+    kept = activations(architecture, planned, most, captured=True)
     weights = {
         name: torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
         for name, shape in architecture.tensors.items()
@@ -138,19 +146,15 @@ def run(architecture: Any, kv: str, dtype: Any, counted: Counted) -> dict[str, A
         return found
 
     eager = Runner(model, arena), Predictor(model, arena) if heads else None
-    steps = {
-        name: take(*eager, mix) for name, mix in mixes(kept.parts).items() if depth + max(mix)[0] + DRAFTS <= longest
-    }
-    counted.begin()
-    graphs.warm(10**9, progress=lambda _done, _total: None)
-    left = counted.now()
-    return {
-        "kept": {"step": kept.step, "captured": kept.captured, "recordings": kept.recordings},
-        "steps": steps,
-        "captured": counted.most - left,
-        "recordings": left,
-        "sizes": graphs.recorded,
-    }
+    short = {name: mix for name, mix in mixes(kept.parts, most).items() if depth + max(mix)[0] + DRAFTS <= longest}
+    steps = {name: take(*eager, mix) for name, mix in short.items()}
+    found: dict[str, Any] = {"kept": asdict(kept), "steps": steps}
+    if captured:
+        counted.begin()
+        graphs.warm(10**9, progress=lambda _done, _total: None)
+        left = counted.now()
+        found |= {"captured": counted.most - left, "recordings": left, "sizes": graphs.recorded}
+    return found
 
 
 def shortened(path: Path, vocabulary: int) -> Any:
@@ -188,9 +192,11 @@ def main() -> None:
     paged.arch = lambda: 90
     found: dict[str, Any] = {}
     with Counted(device) as counted:
-        for kv, dtype, vocabulary in (("int8", "bfloat16", 1 << 20), ("f32", "float32", 1000)):
+        for name, (kv, dtype, vocabulary, most) in PASSES.items():
             gc.collect()
-            found[dtype] = run(shortened(Path(sys.argv[1]), vocabulary), kv, dtype, counted)
+            found[name] = run(
+                shortened(Path(sys.argv[1]), vocabulary), kv, dtype, most, counted, captured=name == CAPTURED
+            )
     sys.stdout.write(json.dumps(found))
 
 

@@ -277,7 +277,7 @@ def left_to_merge(parts: Parts, shares: list[Share], memory: Pretended) -> int:
 
 
 @given(
-    prompts=st.lists(st.sampled_from([1, 3, 9, 40, 200, 3000, 9000]), min_size=1, max_size=9),
+    prompts=st.lists(st.sampled_from([1, 3, 9, 40, 50, 200]), min_size=3, max_size=9),
     group=st.sampled_from([1, 4, 16]),
     drafts=st.sampled_from([0, 3]),
 )
@@ -298,7 +298,7 @@ def test_no_step_leaves_more_to_be_merged_than_was_planned(prompts: list[int], g
         return found
 
     engine.shares = seen  # type: ignore[assignment, method-assign]
-    items = [request(index, tokens, 20) for index, tokens in enumerate(prompts)]
+    items = [request(index, tokens, 20) for index, tokens in enumerate([9000, *prompts])]
     play(engine, items, memory)
     assert all(len(item.generated) == 20 for item in items)
 

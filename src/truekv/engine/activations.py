@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from truekv.engine.capture import KEPT, StepSizes
 from truekv.engine.padding import buffers
 from truekv.engine.settle import ROOM
+from truekv.engine.settle import SPAN as DRAWN
 
 if TYPE_CHECKING:
     from truekv.core.protocols import Architecture
@@ -98,7 +99,10 @@ def activations(architecture: Architecture, plan: MemoryPlan, step_tokens: int, 
 
     sampled = min(step_tokens, sequences * (1 + drafts))
     logits = sampled * spec.vocab_size
-    weights = 2 * min(ROOM, 8 * logits) + 16 * (spec.vocab_size + SPAN)
+    # As engine/settle.py makes them: all weights of a few rows, then one span of each and its sums.
+    spans = -(-spec.vocab_size // DRAWN)
+    rows = min(sampled, max(1, ROOM // (8 * DRAWN * spans)))
+    weights = 8 * rows * (2 * DRAWN * spans + 6 * DRAWN + 4 * spans)
     eager = step(step_tokens, sequences, parts.most, LOGITS * logits + max(KEYS * logits, weights))
     if not captured:
         return Activations(eager, 0, 0, parts)
