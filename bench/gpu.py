@@ -11,6 +11,7 @@ Kernels are compiled first, by several processes at once. Every result is kept a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from truekv.core.spec import Field, ModelSpec, Paged, Recurrent, Slab
 from truekv.engine.recording import CudaRecording
 from truekv.formats.choice import choose_formats
 from truekv.kernels.table import select
+from truekv.kernels.triton.chunks import LONG
 from truekv.memory.arena import Arena
 from truekv.memory.layout import lay_out
 from truekv.memory.pages import PagedLayer
@@ -66,13 +68,14 @@ class Size:
     rounds: int = 20
     batch: int = 64
     scans: tuple[int, ...] = (64, 256)
+    prompt: int = 4096
     depths: tuple[int, ...] = (8192, 65536)
     batches: tuple[int, ...] = (1, 16, 64)
     steps: int = 16
     dtype: str = "bfloat16"
 
 
-TOY: Final = Size("cpu", 1 << 12, 2, 2, (2,), (64,), (1, 2), 3, "float32")
+TOY: Final = Size("cpu", 1 << 12, 2, 2, (2,), LONG, (64,), (1, 2), 3, "float32")
 
 
 def timed(run: Callable[[], object], size: Size) -> float:
@@ -254,17 +257,27 @@ def recurrent(rule: str) -> Recurrent:
 def scan(rule: str, batch: int, size: Size) -> Launch:
     """Carry the states of `batch` sequences over one token, layer by layer, until a launch's worth is moved."""
     layer = recurrent(rule)
-    memory, spec = _memory(layer, "bf16")
-    planned = plan(spec, [memory], max_model_len=PAGE_TOKENS, max_num_seqs=batch, dtype="bfloat16")
-    kernels = select(spec, [memory], device=size.device)
     one = 2 * 4 * batch * layer.state[0].shape[0] * layer.state[0].shape[1] * layer.state[0].shape[2]
     count = max(1, -(-size.least // one))
-    arenas = [Arena(spec, planned, kernels, check_finite=False, device=size.device) for _ in range(count)]
     rows = [(Sequence(pages=[0], slot=row), 0, [0], 0) for row in range(batch)]
+    run = _scans(rule, count, rows, 0, size)
+    return Launch(f"{rule} step, {batch} rows, {count} layers", one * count, run)
+
+
+def _scans(
+    rule: str, count: int, rows: list[tuple[Sequence, int, list[int], int]], drafts: int, size: Size
+) -> Callable[[], None]:
+    """Return what takes these rows' tokens through so many layers."""
+    layer = recurrent(rule)
+    memory, spec = _memory(layer, "bf16")
+    longest = max(len(tokens) for _, _, tokens, _ in rows)
+    planned = plan(spec, [memory], max_model_len=longest, max_num_seqs=len(rows), drafts=drafts, dtype="bfloat16")
+    kernels = select(spec, [memory], device=size.device)
+    arenas = [Arena(spec, planned, kernels, check_finite=False, device=size.device) for _ in range(count)]
     step = lay_out(rows, PAGE_TOKENS, arenas[0].device)
-    heads, channels = layer.state[0].shape[0], layer.log[0].shape[0]
-    inputs = {"conv": torch.randn(batch, channels, device=size.device).bfloat16()}
-    inputs |= {item.name: torch.rand(batch, heads, device=size.device) for item in layer.log[1:]}
+    heads, channels, tokens = layer.state[0].shape[0], layer.log[0].shape[0], len(step.owner)
+    inputs = {"conv": torch.randn(tokens, channels, device=size.device).bfloat16()}
+    inputs |= {item.name: torch.rand(tokens, heads, device=size.device) for item in layer.log[1:]}
     if "decay" in inputs:
         inputs["decay"] = -inputs["decay"]
     taps = torch.randn(channels, 4, device=size.device).bfloat16()
@@ -276,7 +289,31 @@ def scan(rule: str, batch: int, size: Size) -> Launch:
             assert isinstance(held, StateLayer)
             held.scan(inputs, weights, step)
 
-    return Launch(f"{rule} step, {batch} rows, {len(arenas)} layers", one * len(arenas), run)
+    return run
+
+
+def prompted(size: Size) -> Iterator[Result]:
+    """Take a long prompt through one recurrent layer: in chunks, and with a draft behind it, hence token by token."""
+    pages = list(range(-(-size.prompt // PAGE_TOKENS)))
+    for rule, drafts in itertools.product(("gdn", "mamba2"), (0, 1)):
+        row = (Sequence(pages=pages, slot=0), 0, [0] * size.prompt, drafts)
+        what = f"{rule}, {'token by token' if drafts else 'in chunks'}"
+        try:
+            yield _prompt(what, _scans(rule, 1, [row], drafts, size), size)
+        except Exception as error:  # noqa: BLE001 (one that fails must not cost the others their numbers)
+            yield {"part": "missing", "what": f"prompt {what}", "why": str(error).splitlines()[0][:200]}
+    if size.device == "cuda":
+        from bench import gpu_peers
+
+        if gpu_peers.missing("fla"):
+            yield {"part": "missing", "what": "prompt fla", "why": "the package fla is not installed"}
+        else:
+            yield _prompt("gdn, fla in chunks", gpu_peers.fla_prompt(size.prompt, 32, 128, size.device), size)
+
+
+def _prompt(what: str, run: Callable[[], object], size: Size) -> Result:
+    seconds = timed(run, size)
+    return {"part": "prompt", "what": what, "tokens": size.prompt, "ms": seconds * 1e3}
 
 
 Made = tuple[str, tuple[Any, ...]]
@@ -379,6 +416,15 @@ def render(results: Seq[Result]) -> str:
             *("| launch | ms | GB | of copy |", "|---|---:|---:|---:|"),
             *(f"| {one['what']} | {one['ms']:.3f} | {one['gb']:.2f} | {one['share']:.0%} |" for one in launched),
         ]
+    if prompts := of("prompt"):
+        lines += [
+            *("", "## A prompt through one recurrent layer", "", "Convolution included, but in what is not ours.", ""),
+            *("| rule | tokens | ms | tokens/s |", "|---|---:|---:|---:|"),
+            *(
+                f"| {one['what']} | {one['tokens']:,} | {one['ms']:.3f} | {one['tokens'] / one['ms'] * 1e3:,.0f} |"
+                for one in prompts
+            ),
+        ]
     if steps := of("decode"):
         lines += [
             *("", "## Decode", "", f"Random weights in bf16: {'; '.join(map(': '.join, DESCRIPTIONS.items()))}."),
@@ -446,7 +492,7 @@ def run(
         print(f"compiled in {time.perf_counter() - began:.0f} s", *faults, sep="\n", flush=True)
     rate = ceiling(size)
     kept.add({"part": "copy", "rate": rate})
-    for one in measured(size, rate, quick=quick):
+    for one in itertools.chain(measured(size, rate, quick=quick), prompted(size)):
         kept.add(one)
     if engine:
         for one in decoded(size, configs, quick=quick):

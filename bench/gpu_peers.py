@@ -156,6 +156,16 @@ def fla(batch: int, heads: int, dim: int, device: str) -> Callable[[], object]:
     )
 
 
+def fla_prompt(tokens: int, heads: int, dim: int, device: str) -> Callable[[], object]:
+    """Return a prompt of so many tokens through flash-linear-attention's gated delta rule in chunks."""
+    ops: Any = import_module("fla.ops.gated_delta_rule")
+    shape = (1, tokens, heads, dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+    gate, beta = -torch.rand(shape[:3], device=device), torch.rand(shape[:3], device=device)
+    run = ops.chunk_gated_delta_rule
+    return lambda: run(q, k, v, g=gate, beta=beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+
+
 PEERS: dict[str, tuple[str, Callable[..., Callable[[], object]]]] = {
     "torch SDPA": ("torch", sdpa),
     "flex attention": ("torch", flex),

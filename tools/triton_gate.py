@@ -6,7 +6,7 @@ Kernels are launched as a model launches them, on a device that is not there (te
 for sm_90 and sm_80, and disassembled with the tools that come with Triton. Nothing is spilled to local memory, nothing
 takes more shared memory than there is, and nothing may grow beyond the table: registers, shared memory and
 instructions (per number of the cache or the state in the longest innermost loop, or in all where a kernel has no
-loop). --write takes what is found as the table.
+loop). --write takes what is found into the table.
 """
 
 from __future__ import annotations
@@ -136,15 +136,14 @@ def complaints(name: str, capability: int, found: Found, table: dict[str, Any]) 
     ]
 
 
-def written(results: dict[tuple[str, int], Found], version: str) -> str:
+def written(rows: dict[str, dict[str, dict[str, Any]]], version: str) -> str:
     """Return the table as TOML."""
     lines = [f"# Made by tools/triton_gate.py --write with triton {version}.", f'triton = "{version}"']
-    for name in dict.fromkeys(name for name, _ in results):
+    for name, levels in rows.items():
         lines += ["", f'["{name}"]']
-        for capability in (level for level in CAPABILITIES if (name, level) in results):
-            found = results[name, capability]._asdict().items()
-            values = ", ".join(f"{what} = {value}" for what, value in found if what != "local" or value)
-            lines.append(f"sm_{capability} = {{ {values} }}")
+        for level, found in levels.items():
+            values = ", ".join(f"{what} = {value}" for what, value in found.items() if what != "local" or value)
+            lines.append(f"{level} = {{ {values} }}")
     return "\n".join(lines) + "\n"
 
 
@@ -175,11 +174,15 @@ def main() -> int:
             f"{name:44} sm_{capability} {found.registers:4} registers {found.shared:7} shared "
             f"{found.instructions:8} instructions {found.local:4} local"
         )
+    table = tomllib.loads(TABLE.read_text())
     if given.write:
-        TABLE.write_text(written(results, triton.__version__))
+        # What was not named stays as it is, in the order of the launches.
+        rows = {name: table.get(name, {}) for name in every if name in table or name in names}
+        for (name, level), found in results.items():
+            rows[name][f"sm_{level}"] = found._asdict()
+        TABLE.write_text(written(rows, triton.__version__))
         print(*wrong, sep="\n")
         return int(bool(wrong))
-    table = tomllib.loads(TABLE.read_text())
     if table["triton"] != triton.__version__:
         print(f"the table was made with triton {table['triton']}, this is {triton.__version__}: nothing to compare")
         return 3

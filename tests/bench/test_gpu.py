@@ -38,6 +38,8 @@ def test_all_of_it(tmp_path: Path, quick: bool) -> None:
     assert not [one for one in results if one["part"] == "missing"]
     launched = [one for one in results if one["part"] == "launch"]
     assert len(launched) == len(gpu.launches(gpu.TOY, quick=quick))
+    prompts = [one["what"] for one in results if one["part"] == "prompt"]
+    assert prompts == [f"{rule}, {way}" for rule in ("gdn", "mamba2") for way in ("in chunks", "token by token")]
     steps = [one for one in results if one["part"] == "decode"]
     assert {(one["model"], one["kv"]) for one in steps} == {(name, kv) for name in TOYS for kv in gpu.KINDS}
     assert {one["captured"] for one in steps} == {True, False}
@@ -45,6 +47,7 @@ def test_all_of_it(tmp_path: Path, quick: bool) -> None:
     page = (tmp_path / "page.md").read_text()
     for one in launched:
         assert f"| {one['what']} |" in page
+    assert "## A prompt through one recurrent layer" in page
     assert "## Decode" in page
     assert "## Sequences in 64 GiB" in page
     assert "## Left out" not in page

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gpu.place import DEVICE
+from kernels.triton.test_ops import ROUTINGS
 
 from truekv.core.ops import Expert, Part, Routing
 from truekv.kernels.reference.ops import OPS as REFERENCE
@@ -73,6 +74,19 @@ def test_experts(count: int, tokens: int, dtype: torch.dtype) -> None:
     got = TRITON.experts(count, moved, "swiglu")(x.to(DEVICE), weights.to(DEVICE), chosen.to(DEVICE))
     allowed = float(expected.abs().max()) * (1e-5 if dtype == torch.float32 else 2e-2)
     assert float((got.cpu().float() - expected.float()).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS, ids=lambda routing: f"{routing.experts}-{routing.score}-{routing.groups}")
+def test_routers(routing: Routing, biased: bool) -> None:
+    logits = random(200, routing.experts, seed=3) * 3
+    bias = random(routing.experts, seed=4) * 0.3 if biased else None
+    expected_weights, expected = REFERENCE.route(logits, bias, routing)
+    weights, chosen = TRITON.route(logits.to(DEVICE), None if bias is None else bias.to(DEVICE), routing)
+    # Scores that differ in their last bits may change places.
+    same = (chosen.cpu() == expected).all(1)
+    assert float(same.float().mean()) >= 0.99
+    assert float((weights.cpu() - expected_weights)[same].abs().max()) <= 1e-5 * routing.scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
-from gpu.place import DEVICE
-from kernels.scans import SLOTS, Case, far, name_of, random_case
+from gpu.place import DEVICE, ON_DEVICE
+from kernels.scans import DRAFTS, SLOTS, Case, far, name_of, random_case
 from memory.toys import gdn, mamba2
 
 from truekv.core.folder import members
+from truekv.kernels.triton.chunks import LONG, TOKENS
 
 if TYPE_CHECKING:
     from truekv.core.protocols import ScanKernel
@@ -55,9 +56,25 @@ def test_outputs_states_and_logs_are_the_references(layer: Recurrent, dtype: tor
             assert all(torch.isnan(slab[slot]).all() for slab in state.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("layer", LAYERS, ids=name_of)
-def test_the_same_step_gives_the_same_bits(layer: Recurrent) -> None:
-    case: Case = random_case(layer, torch.bfloat16, 5).to(DEVICE)
+@pytest.mark.parametrize("seed", [0, 1, 3, 5])
+def test_prompts_in_chunks(layer: Recurrent, dtype: torch.dtype, seed: int) -> None:
+    lengths = (1, LONG, TOKENS, TOKENS + 1, 6 * TOKENS + 5) if ON_DEVICE else (LONG,)
+    case = random_case(layer, dtype, seed, lengths, most_drafts=0)
+    assert case.step.count.max() >= LONG
+    expected, expected_state, _ = case.run(scans("reference")[layer.rule])
+    got, state, _ = case.to(DEVICE).run(scans("triton")[layer.rule])
+    slots = case.step.slot
+    assert far(got.cpu(), expected) < BOUND
+    assert far(state["state"].cpu()[slots], expected_state["state"][slots]) < BOUND
+    assert torch.equal(state["conv"].cpu()[slots], expected_state["conv"][slots])
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=name_of)
+@pytest.mark.parametrize("most_drafts", [0, DRAFTS])
+def test_the_same_step_gives_the_same_bits(layer: Recurrent, most_drafts: int) -> None:
+    case: Case = random_case(layer, torch.bfloat16, 5, most_drafts=most_drafts).to(DEVICE)
     (first, state, log), (again, second_state, second_log) = (case.run(scans("triton")[layer.rule]) for _ in range(2))
     assert torch.equal(first, again)
     for one, other in ((state, second_state), (log, second_log)):

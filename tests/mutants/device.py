@@ -22,8 +22,9 @@ from mutants.mutant import Mutant, Patch
 
 from truekv.kernels.cuda import compiler, kernel
 from truekv.kernels.cuda import paged as cuda
-from truekv.kernels.triton import attention, largest, paged
+from truekv.kernels.triton import attention, frames, largest, paged
 from truekv.kernels.triton import gdn as gdn_module
+from truekv.kernels.triton import mamba2 as mamba2_module
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.tiles import SPAN
 
@@ -163,7 +164,7 @@ MUTANTS: Final = (
         "merge forgets the largest",
         "spans are merged relative to the largest score of the span before, not of all before",
         test_paged.test_lengths_at_the_edges_of_blocks_and_spans,
-        in_triton(paged, "merge_kernel", "largest_R = raised_R", "largest_R = top_R"),
+        in_triton(frames, "_joined", "largest_R = raised_R", "largest_R = top_R"),
         length=2 * SPAN + 1,
     ),
     triton(
@@ -181,9 +182,35 @@ MUTANTS: Final = (
         "drafts folded in Triton",
         "the state of a delta rule is saved after the drafts, before they are verified",
         test_scans.test_outputs_states_and_logs_are_the_references,
-        in_triton(gdn_module, "carry", "old + tl.load(certains + row)", "old + tl.load(counts + row)"),
+        in_triton(gdn_module, "carry", "old + count, old + certain", "old + count, old + count"),
         layer=gdn(),
         dtype=torch.float32,
+    ),
+    triton(
+        "second half alone",
+        "the second half of a chunk does not find what the first has written",
+        test_scans.test_long_rows_are_the_references,
+        in_triton(gdn_module, "solve", "v_LV -= tl.dot(between_LL", "v_LV -= 0.0 * tl.dot(between_LL"),
+        layer=test_scans.TALL[0],
+    ),
+    triton(
+        "state not faded",
+        "a state enters the next chunk as if nothing in this one had decayed",
+        test_scans.test_long_rows_are_the_references,
+        in_triton(mamba2_module, "advance", "h_PS * left", "h_PS"),
+        layer=test_scans.TALL[1],
+    ),
+    triton(
+        "decays subtracted",
+        "what decays between two tokens is the difference of two sums, which has lost it after a strong one",
+        test_scans.test_strong_decays_and_keys_that_repeat_lose_nothing,
+        in_triton(
+            gdn_module,
+            "fade",
+            "tl.exp(tl.cumsum(added_NN, 0))",
+            "tl.exp(tl.cumsum(decay_N, 0)[:, None] - tl.cumsum(decay_N, 0)[None, :])",
+        ),
+        layer=test_scans.TALL[0],
     ),
     triton(
         "last of equal logits",

@@ -18,10 +18,11 @@ import torch
 from kernels.native.cache import PAGE
 from kernels.triton.absent import absent
 from kernels.triton.launches import attend, fields, recur
-from memory.toys import gdn, gqa
+from memory.toys import gdn, gqa, mamba2
 
 from truekv.core.batch import Sequence
 from truekv.kernels.triton import paged
+from truekv.kernels.triton.chunks import LONG
 from truekv.kernels.triton.ops import OPS
 from truekv.memory.layout import lay_out
 
@@ -34,11 +35,12 @@ def step(rows: int, width: int, new: int = 1) -> None:
     for window in (None, 7, 16 * width):
         attend(stored, 2, described, window)
     paged.store(stored[0], torch.zeros(rows * new, 2, 64).bfloat16(), described)
+    for layer in (gdn(2, 4, 64, 64), mamba2(4, 16, 2, 64)):
+        recur(layer, new, 0, rows, described)()
 
 
 def operations(tokens: int) -> None:
     """Work on the rows of so many tokens."""
-    recur(gdn(2, 4, 64, 64), 1, 0, batch=tokens)()
     x, gain = torch.zeros(tokens, 4, 96).bfloat16(), torch.zeros(96)
     OPS.rms_norm(x, gain, 1e-6)
     OPS.add_norm(x[:, 0], x[:, 1], gain, 1e-6)
@@ -54,5 +56,9 @@ with absent(90) as device:
         step(rows, width)
         # Of two tokens a row: as many query rows of a tile as of one, where two heads share a row.
         step(rows, width, 2)
+    for rows, width, new in ((1, 8, LONG), (2, 9, LONG + 5), (3, 24, 10 * LONG)):
+        # Long enough for chunks.
+        step(rows, width, new)
+    for rows in (1, 2, 3, 16, 17, 32):
         operations(rows)
     sys.stdout.write(json.dumps(Counter(kernel.name for kernel in device.compiled)))

@@ -12,14 +12,14 @@ from kernels.native.cache import PAGE, make_step
 from memory.toys import gdn, gqa, mamba2, mla
 
 from truekv.core.folder import members
-from truekv.core.ops import Expert
+from truekv.core.ops import Expert, Routing
 from truekv.core.protocols import Stored
 from truekv.formats.choice import codecs
 from truekv.formats.frame import Frame, frame_for
-from truekv.kernels.triton import experts, paged, rows, timeline
+from truekv.kernels.triton import chunks, experts, paged, rows, timeline
 from truekv.kernels.triton.layout import layout
 from truekv.kernels.triton.ops import OPS
-from truekv.kernels.triton.tiles import arch, attend_options
+from truekv.kernels.triton.tiles import SPAN, arch, attend_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,9 +46,9 @@ class Launch:
     """How many numbers of the cache or the state one program takes in one turn of its inner loop; 0 without one."""
 
 
-def _step(new: int) -> Step:
-    """Every row has so many new tokens."""
-    return make_step([WIDTH * PAGE - 5] * ROWS, [new] * ROWS, torch.arange(ROWS * WIDTH).view(ROWS, WIDTH))
+def _step(new: int, width: int = WIDTH) -> Step:
+    """Every row has so many new tokens, and so many pages."""
+    return make_step([width * PAGE - 5] * ROWS, [new] * ROWS, torch.arange(ROWS * width).view(ROWS, width))
 
 
 def fields(layer: Paged, *names: str) -> tuple[Stored, ...]:
@@ -71,7 +71,13 @@ def attend(memory: tuple[Stored, ...], group: int, step: Step, window: int | Non
 
 
 def attention(
-    layer: Paged, codes: tuple[str, str], queries: int, group: int = GROUP, *, kernel: str = "attend"
+    layer: Paged,
+    codes: tuple[str, str],
+    queries: int,
+    group: int = GROUP,
+    *,
+    kernel: str = "attend",
+    width: int = WIDTH,
 ) -> Launch:
     """So many query rows of one kv head: a group's heads, times new tokens. In a window if the layer has one."""
     memory = fields(layer, *codes)
@@ -83,7 +89,7 @@ def attention(
         + (f" G={group} M={queries}" if kernel == "attend" else "")
         + (" in a window" if layer.window else ""),
         f"{kernel}_kernel",
-        lambda: attend(memory, group, _step(queries // group), layer.window),
+        lambda: attend(memory, group, _step(queries // group, width), layer.window),
         (lambda: attend_options(laid, queries, arch()).keys * size) if kernel == "attend" else lambda: 0,
     )
 
@@ -143,16 +149,26 @@ def _around() -> Iterator[Launch]:
         for code in ("bf16", "int8", "kv4"):
             yield attention(gqa(HEADS, 128), (code, code), 8, kernel=kernel)
         yield attention(mla(512, 64), ("int8", "int8"), 16, 16, kernel=kernel)
+    wide = (paged.JOINED + 1) * SPAN // PAGE
+    yield attention(gqa(HEADS, 128), ("kv4", "kv4"), 8, kernel="join", width=wide)
+    yield attention(mla(512, 64), ("int8", "int8"), 16, 16, kernel="join", width=wide)
 
 
-def recur(layer: Recurrent, new: int, drafts: int, batch: int = ROWS) -> Callable[[], object]:
-    """Return a launch in which each row has so many new tokens, all but the first drafts if so many can be logged."""
+def recur(
+    layer: Recurrent, new: int, drafts: int, batch: int = ROWS, described: Step | None = None
+) -> Callable[[], object]:
+    """Return a launch in which each row has so many new tokens, all but the first drafts if so many can be logged.
+
+    `described`: such a step, where it is there already.
+    """
     kernel = members("truekv.kernels.triton", "SCAN")[layer.rule]
     per_head = [item.name for item in layer.log[1:]]
     (heads, *_), channels, tokens = layer.state[0].shape, layer.log[0].shape[0], batch * new
 
     def run() -> object:
-        step = scans.make_step([new] * batch, [min(drafts, new - 1)] * batch, [0] * batch, list(range(batch)))
+        step = described or scans.make_step(
+            [new] * batch, [min(drafts, new - 1)] * batch, [0] * batch, list(range(batch))
+        )
         inputs = {"conv": torch.zeros(tokens, channels).bfloat16()}
         inputs |= {name: torch.zeros(tokens, heads) for name in per_head}
         weights = {"conv": torch.zeros(channels, 4).bfloat16()}
@@ -180,6 +196,8 @@ def _recurrent() -> Iterator[Launch]:
         first, second = layer.state[0].shape[1:]
         block = first * min(32, second) if layer.rule == "gdn" else 4096
         yield Launch(f"{layer.rule} {first}x{second}", "carry", recur(layer, 4, 3), lambda block=block: block)
+        for kernel in ("solve", "advance", "answer") if layer.rule == "gdn" else ("advance", "answer"):
+            yield Launch(f"{kernel} {layer.rule} {first}x{second}", kernel, recur(layer, chunks.LONG, 0))
 
 
 def _experts(count: int, tokens: int) -> Callable[[], object]:
@@ -193,6 +211,12 @@ def _operations() -> Iterator[Launch]:
     for tokens, tile in zip((4, 512), experts.TILES, strict=True):
         weights = experts.COLUMNS * experts.DEPTH
         yield Launch(f"experts {tile} rows", "multiply", _experts(16, tokens), lambda size=weights: size)
+    chosen = torch.zeros(64, 8, dtype=torch.int64)
+    yield Launch("tiles of experts", "tile_kernel", lambda: experts.tile(chosen, 512))
+    yield Launch("sum of experts", "mix", _experts(16, 4))
+    for routing in (Routing(512, 10), Routing(256, 8, "sigmoid", groups=8, kept_groups=4)):
+        name = f"router of {routing.experts} experts in {routing.groups}"
+        yield Launch(name, "route_kernel", lambda one=routing: OPS.route(torch.zeros(ROWS, one.experts), None, one))
     wide, gain = torch.zeros(ROWS, 4096).bfloat16(), torch.zeros(4096)
     yield Launch("norm 4096", "_norm", lambda: rows.add_norm(wide, wide, gain, 1e-6))
     heads, gates = torch.zeros(ROWS, 32, 128), torch.zeros(ROWS, 4096).bfloat16()

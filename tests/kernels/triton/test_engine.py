@@ -15,7 +15,7 @@ from truekv.core.sampling import Draw
 from truekv.engine import sample
 from truekv.engine.events import Failed
 from truekv.engine.run import Runner
-from truekv.kernels.triton import ops
+from truekv.kernels.triton import chunks, gdn, mamba2, ops
 from truekv.kernels.triton.interpreter import INTERPRETED
 
 if TYPE_CHECKING:
@@ -53,6 +53,22 @@ def test_logits_are_those_of_the_reference(saved: Callable[[str], str], family: 
     # int8 codes may flip where two backends round a row differently, each by one step of 1 in 127.
     assert (got - expected).abs().max() <= 2e-2 * expected.abs().max()
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("family", ["gdn", "mamba2"])
+def test_a_prompt_in_chunks_gives_the_logits_of_tokens_alone(
+    saved: Callable[[str], str], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = {"gdn": gdn, "mamba2": mamba2}
+    asked: list[int] = []
+    most_long = chunks.most_long
+    monkeypatch.setattr(rules[family], "most_long", lambda *given: asked.append(1) or most_long(*given))
+    ours, theirs = (load(saved(family), name, kv_cache_dtype="f32") for name in ("triton", "reference"))
+    tokens = [(place * 7 + 3) % 50 for place in range(chunks.LONG + 20)]
+    # A chunk of the rule's, a token alone upon it, and the rest.
+    got, expected = (llm.logits(tokens, chunk=[chunks.LONG + 9, 1, 10]) for llm in (ours, theirs))
+    assert asked
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", ["gdn", "mamba2"])

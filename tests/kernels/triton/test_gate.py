@@ -75,10 +75,11 @@ def test_steps_of_all_sizes_share_their_kernels() -> None:
     """
     done = subprocess.run([sys.executable, HERE / "all_sizes.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # Attention with a window and without; a norm and one with an addition.
-    twice = {"attend_kernel": 2, "merge_kernel": 2, "_norm": 2}
-    once = ("query_kernel", "store_kernel", "prepare", "carry", "_rotate", "_gate", "_activate", "span_kernel")
-    assert json.loads(done.stdout) == twice | dict.fromkeys(once, 1)
+    # Attention with a window and without, of few query rows and of many; a norm and one with an addition. Two recurrent
+    # rules, of which one has to solve; convolutions take one place at once, or two or eight, of one span or of more.
+    often = {"attend_kernel": 4, "merge_kernel": 2, "_norm": 2, "prepare": 8, "carry": 2, "advance": 2, "answer": 2}
+    once = ("query_kernel", "store_kernel", "solve", "_rotate", "_gate", "_activate", "span_kernel")
+    assert json.loads(done.stdout) == often | dict.fromkeys(once, 1)
 
 
 def test_nothing_is_spilled_and_shared_memory_suffices(gate: Any) -> None:

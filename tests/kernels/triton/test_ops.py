@@ -162,6 +162,42 @@ def test_experts(count: int, activation: Any, dtype: torch.dtype) -> None:
         assert torch.equal(ours(x[rows], weights[rows], chosen[rows]), together[rows])
 
 
+ROUTINGS = (
+    Routing(8, 2),
+    Routing(60, 4, normalised=False),
+    Routing(512, 10),
+    Routing(64, 8, "sigmoid", scale=2.5),
+    Routing(160, 6, groups=8, kept_groups=3, normalised=False, scale=16.0),
+    Routing(48, 5, "sigmoid", groups=6, kept_groups=2),
+)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS, ids=lambda routing: f"{routing.experts}-{routing.score}-{routing.groups}")
+def test_routers(routing: Routing, biased: bool) -> None:
+    logits = random(20, routing.experts, seed=3) * 3
+    bias = random(routing.experts, seed=4) * 0.3 if biased else None
+    weights, chosen = TRITON.route(logits, bias, routing)
+    expected_weights, expected = REFERENCE.route(logits, bias, routing)
+    assert torch.equal(chosen, expected)
+    assert float((weights - expected_weights).abs().max()) <= 1e-6 * routing.scale
+
+
+def test_a_router_takes_the_first_of_equal_ones_and_whatever_is_not_a_number() -> None:
+    logits = torch.zeros(4, 12)
+    logits[1, 5] = -torch.tensor(torch.nan)
+    logits[2] = torch.nan
+    logits[3, 7] = torch.inf
+    for routing in (Routing(12, 3), Routing(12, 3, "sigmoid"), Routing(12, 3, "sigmoid", groups=4, kept_groups=2)):
+        weights, chosen = TRITON.route(logits, None, routing)
+        assert chosen[0].tolist() == [0, 1, 2]
+        assert weights[1].isnan().any()
+        assert weights[2].isnan().all()
+        assert all(len({*row, *range(12)}) == 12 and len({*row}) == 3 for row in chosen.tolist())
+        if routing.score == "sigmoid":
+            assert chosen[3, 0] == 7
+
+
 @pytest.mark.parametrize("rows", [1, 17, 200])
 def test_every_pair_is_in_one_tile_of_its_expert(rows: int) -> None:
     """Experts without a token, one with all of them, and more tiles than are needed."""
@@ -169,6 +205,12 @@ def test_every_pair_is_in_one_tile_of_its_expert(rows: int) -> None:
     for chosen in (torch.randint(2, (rows, 3), generator=make) * 3 + 1, torch.full((rows, 3), 5)):
         tiles = grouped.tile(chosen, 6)
         assert tiles.rows == grouped.TILES[rows == 200]
+        by_torch = grouped.sort(chosen, 6, tiles.rows, len(tiles.expert))
+        assert torch.equal(tiles.pair, by_torch.pair)
+        assert torch.equal(tiles.expert, by_torch.expert)
+        for name in ("first", "end"):
+            known = tiles.expert < 6
+            assert torch.equal(getattr(tiles, name)[known], getattr(by_torch, name)[known])
         found: list[int] = []
         for expert, first, end in zip(tiles.expert.tolist(), tiles.first.tolist(), tiles.end.tolist(), strict=True):
             pairs = tiles.pair[first : min(first + tiles.rows, end)].tolist() if expert < 6 else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -111,6 +111,35 @@ def test_lengths_at_the_edges_of_blocks_and_spans(length: int) -> None:
     cache = fill(gqa(1, 64), formats("int8", "kv4"), [length, 40])
     assert error(cache, [1, 1], 4) < BOUND
     assert error(cache, [min(length, 3), 3], 2) < BOUND
+
+
+@pytest.mark.parametrize("window", [None, 700, 1500])
+@pytest.mark.parametrize(("keys", "values"), [("int8", "bf16"), ("kv4", "kv4")])
+def test_spans_are_joined_before_they_are_merged(
+    keys: str, values: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one span, of as many as are joined, and of more than that twice over."""
+    cache = fill(gqa(1, 64, window), formats(keys, values), [40, 2 * SPAN, 2 * SPAN + 1, 4 * SPAN + 70], measured=True)
+    step = cache.step([1, 1, 2, 3])
+    queries = cache.queries(step, 2)
+    grids: list[tuple[int, int]] = []
+    kernel = triton.join_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(triton, "join_kernel", Watched())
+    expected = run(cache, step, queries)
+    assert not grids
+    monkeypatch.setattr(triton, "JOINED", 2)
+    got = run(cache, step, queries)
+    assert grids == [(1, 3)]
+    assert torch.equal(got[:2], expected[:2])
+    # The others add up in another order, unless a window leaves them no more.
+    assert torch.equal(got[2:], expected[2:]) == (window == 700)
+    assert error(cache, [1, 1, 2, 3], 2) < ROTATED
 
 
 @pytest.mark.parametrize("window", [1, 2, 31, 33, 100, 200, SPAN, SPAN + 100, 2000])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernels.scans import SLOTS, Case, far, name_of, random_case
 from kernels.triton.tensor_core import tensor_core_dot
 from memory.toys import Toy, gdn, make_arena, mamba2, random_tokens
@@ -17,11 +20,11 @@ from truekv.core.errors import Refused
 from truekv.core.folder import members
 from truekv.kernels.triton import gdn as gdn_kernels
 from truekv.kernels.triton import mamba2 as mamba2_kernels
-from truekv.kernels.triton.chunks import LONG, TOKENS, most_chunks
+from truekv.kernels.triton.chunks import LONG, TOKENS, most_long
 from truekv.kernels.triton.gdn import VALUES
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.mamba2 import DIMS
-from truekv.kernels.triton.timeline import CHANNELS, PLACES, SPAN
+from truekv.kernels.triton.timeline import CHANNELS, PLACES, SPAN, find_part, most_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,10 +183,49 @@ def test_companions_and_whole_chunks_change_no_long_row_bitwise(layer: Recurrent
         start += count
 
 
+@triton.jit
+def find_all(  # noqa: ANN201 (Triton's, as are its arguments' types)
+    counts,  # noqa: ANN001
+    certains,  # noqa: ANN001
+    replays,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    places,  # noqa: ANN001
+    starts,  # noqa: ANN001
+    SIZE: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    row, start = find_part(tl.program_id(0), counts, certains, replays, rows, SIZE, LONG)
+    tl.store(places + tl.program_id(0), row)
+    tl.store(starts + tl.program_id(0), start)
+
+
+@pytest.mark.parametrize("long", [0, LONG])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_part_of_every_row_is_found(seed: int, long: int) -> None:
+    chance = random.Random(seed)
+    rows, drafts = 140, 5
+    counts = [chance.choice((0, 1, 1, 1, 3, LONG - 1, LONG, 3 * TOKENS - 2)) for _ in range(rows)]
+    replays = [chance.randint(0, drafts) if count else 0 for count in counts]
+    certains = [count - chance.choice((0, min(count, drafts))) for count in counts]
+    described = zip(counts, certains, replays, strict=True)
+    lengths = [
+        count + replay if long == 0 or (count >= long and certain == count) else 0
+        for count, certain, replay in described
+    ]
+    wanted = [(row, start) for row, length in enumerate(lengths) for start in range(0, length, TOKENS)]
+    bound = rows if long == 0 else min(rows, sum(counts) // LONG)
+    most = most_parts(sum(counts), bound, drafts, TOKENS)
+    assert len(wanted) <= most
+    found = torch.zeros(2, most, dtype=torch.int32)
+    find_all[(most,)](*(torch.tensor(x) for x in (counts, certains, replays)), rows, *found, TOKENS, long)
+    assert [(row, start) for row, start in found.T.tolist() if row >= 0] == wanted
+    assert found[0, len(wanted) :].eq(-1).all()
+
+
 def test_more_numbers_than_32_bits_count_are_refused() -> None:
     case = random_case(LAYERS[0], torch.float32, 0, (LONG,), most_drafts=0)
     with pytest.raises(Refused, match=r"count numbers of a step in 32 bits, which \d+ places of 100000000 exceed"):
-        most_chunks(case.step, 5, 10**8)
+        most_long(case.step, 5, 10**8)
 
 
 @pytest.mark.parametrize("layer", SMALL, ids=name_of)

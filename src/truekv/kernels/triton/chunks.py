@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from truekv.core.errors import Refused
+from truekv.kernels.triton.timeline import find_part, most_parts
 
 if TYPE_CHECKING:
     from truekv.core.batch import Step
@@ -34,28 +35,27 @@ OPTIONS: Final[dict[str, Any]] = {"LONG": LONG, "TOKENS": TOKENS, "LINES": LINES
 """Constants of every kernel that goes in chunks."""
 
 
-def most_chunks(step: Step, drafts: int, width: int) -> int:
-    """Return how many chunks a row of a step may have, replayed drafts among them.
+def most_long(step: Step, drafts: int, width: int) -> tuple[int, int]:
+    """Return how many rows of a step may go in chunks, replayed drafts among them, and how many chunks they may have.
 
     `width`: the most numbers of one place in a tensor that the kernels read or write. Raises Refused if 32 bits do not
     count them for all places.
     """
-    rows, longest = step.gather.shape
-    if (places := len(step.owner) + rows * drafts) * width >= 1 << 31:
+    rows, tokens = len(step.count), len(step.owner)
+    if (places := tokens + rows * drafts) * width >= 1 << 31:
         raise Refused(
             f"the Triton kernels of recurrent layers count numbers of a step in 32 bits, which {places} places of "
             f"{width} exceed; use a smaller --max-num-batched-tokens"
         )
-    return triton.cdiv(longest + drafts, TOKENS)
+    long = min(rows, tokens // LONG)
+    return long, most_parts(tokens, long, drafts, TOKENS)
 
 
 @triton.jit
-def long_row(counts, certains, replays, row, LONG: tl.constexpr):
-    """How many places of a row are replayed, and how many there are in all; none in all where it goes by tokens."""
-    old = tl.load(replays + row).to(tl.int32)
-    count = tl.load(counts + row).to(tl.int32)
-    long = (count >= LONG) & (tl.load(certains + row).to(tl.int32) == count)
-    return old, tl.where(long, old + count, 0)
+def find_row(number, counts, certains, replays, rows, LONG: tl.constexpr):
+    """Count rows through that go in chunks: which one this is, -1 if there are fewer."""
+    row, _ = find_part(number, counts, certains, replays, rows, 1 << 30, LONG)
+    return row
 
 
 @triton.jit

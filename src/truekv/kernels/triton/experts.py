@@ -27,6 +27,12 @@ EMULATED = tl.constexpr(INTERPRETED)
 """The interpreter multiplies the bits of bfloat16 as if they were integers."""
 TILES: Final = (16, 64)
 """Rows of a tile: few where experts have few tokens."""
+COMPARED: Final = 4096
+"""Most pairs whose order is found by comparing each with all."""
+PAIRS: Final = 64
+"""Of them that one program places."""
+MIXED: Final = 1024
+"""Columns that one program sums up."""
 COLUMNS: Final = 64
 DEPTH: Final = 64
 
@@ -50,10 +56,28 @@ def tile(chosen_TK: torch.Tensor, experts: int) -> Tiles:
     """Sort and cut; every size follows from the shapes alone."""
     pairs, device = chosen_TK.numel(), chosen_TK.device
     rows = TILES[0] if pairs <= TILES[1] * experts else TILES[1]
+    most = triton.cdiv(pairs, rows) + min(experts, pairs)
+    if pairs <= COMPARED:
+        pair_M = torch.empty(pairs, dtype=torch.int64, device=device)
+        tiles_3G = torch.empty(3, most, dtype=torch.int64, device=device)
+        tile_kernel[(triton.cdiv(pairs, PAIRS) + 1,)](
+            *(chosen_TK.contiguous(), pair_M, tiles_3G, pairs, experts, most),
+            ROWS=rows,
+            PAIRS=PAIRS,
+            EXPERTS=triton.next_power_of_2(experts),
+            num_warps=8,
+        )
+        return Tiles(rows, pair_M, *tiles_3G)
+    return sort(chosen_TK, experts, rows, most)
+
+
+def sort(chosen_TK: torch.Tensor, experts: int, rows: int, most: int) -> Tiles:
+    """Do what tile_kernel does in some fifteen of torch's: less work where pairs are many."""
+    device = chosen_TK.device
     sorted_M, pair_M = chosen_TK.flatten().sort(stable=True)
     starts = torch.searchsorted(sorted_M, torch.arange(experts + 1, device=device))
     ends_E = ((starts[1:] - starts[:-1] + rows - 1) // rows).cumsum(0)
-    tile_G = torch.arange(triton.cdiv(pairs, rows) + min(experts, pairs), device=device)
+    tile_G = torch.arange(most, device=device)
     expert_G = torch.searchsorted(ends_E, tile_G, right=True)
     known_G = expert_G.clamp(max=experts - 1)
     before_G = torch.where(known_G > 0, ends_E[known_G - 1], 0)
@@ -82,8 +106,14 @@ class TritonExperts:
         out = torch.empty(tokens * per_token, x_TC.shape[1], dtype=torch.float32, device=x_TC.device)
         _grouped(x_TC, self.first_EFC, inner, tiles, per_token)
         _grouped(activate(inner, self.activation), self.down_ECI, out, tiles, 1)
-        out_TKC = out.view(tokens, per_token, -1)
-        return (out_TKC * weights_TK[..., None]).sum(1).to(x_TC.dtype)
+        mixed_TC = torch.empty_like(x_TC)
+        if out.numel():
+            columns = x_TC.shape[1]
+            block = min(MIXED, triton.next_power_of_2(columns))
+            mix[(tokens, triton.cdiv(columns, block))](
+                out, weights_TK.contiguous(), mixed_TC, per_token, columns, BLOCK=block
+            )
+        return mixed_TC
 
 
 def _grouped(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, tiles: Tiles, sharing: int) -> None:
@@ -99,6 +129,54 @@ def _grouped(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, tiles: T
         DEPTH=min(DEPTH, max(16, triton.next_power_of_2(depth))),
         WHOLE=depth % DEPTH == 0,
     )
+
+
+@triton.jit(do_not_specialize=["pairs", "most"])
+def tile_kernel(
+    chosen, pairs_out, tiles_out, pairs, experts, most, ROWS: tl.constexpr, PAIRS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """Place some pairs in each program, and count the experts' tokens in the last one."""
+    OTHERS: tl.constexpr = 16
+    other_O = tl.arange(0, OTHERS)
+    first = tl.program_id(0) * PAIRS
+    if first < pairs:
+        pair_B = first + tl.arange(0, PAIRS)
+        expert_B = tl.load(chosen + pair_B, mask=pair_B < pairs, other=0).to(tl.int32)
+        place_B = tl.zeros((PAIRS,), tl.int32)
+        for start in range(0, pairs, OTHERS):
+            at_O = start + other_O
+            expert_O = tl.load(chosen + at_O, mask=at_O < pairs, other=EXPERTS).to(tl.int32)
+            same_BO = (expert_O[None, :] == expert_B[:, None]) & (at_O[None, :] < pair_B[:, None])
+            place_B += tl.sum(((expert_O[None, :] < expert_B[:, None]) | same_BO).to(tl.int32), 1)
+        tl.store(pairs_out + place_B, pair_B, mask=pair_B < pairs)
+        return
+    expert_E = tl.arange(0, EXPERTS)
+    count_E = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, pairs, OTHERS):
+        at_O = start + other_O
+        expert_O = tl.load(chosen + at_O, mask=at_O < pairs, other=EXPERTS).to(tl.int32)
+        count_E += tl.sum((expert_O[None, :] == expert_E[:, None]).to(tl.int32), 1)
+    end_E = tl.cumsum(count_E, 0)
+    tiles_E = tl.cdiv(count_E, ROWS)
+    tile_E = tl.cumsum(tiles_E, 0) - tiles_E
+    for turn in range(0, tl.max(tiles_E, 0)):
+        there_E = turn < tiles_E
+        tl.store(tiles_out + tile_E + turn, expert_E, mask=there_E)
+        tl.store(tiles_out + most + tile_E + turn, end_E - count_E + turn * ROWS, mask=there_E)
+        tl.store(tiles_out + 2 * most + tile_E + turn, end_E, mask=there_E)
+    for start in range(tl.sum(tiles_E, 0), most, EXPERTS):
+        tl.store(tiles_out + start + expert_E, experts, mask=start + expert_E < most)
+
+
+@triton.jit
+def mix(parts, weights, outs, per_token, columns, BLOCK: tl.constexpr):
+    """Sum one token's answers up, times their weights, for one block of columns."""
+    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chosen in range(0, per_token):
+        at = token * per_token + chosen
+        total += tl.load(parts + at * columns + column, mask=column < columns, other=0.0) * tl.load(weights + at)
+    tl.store(outs + token * columns + column, narrow(total, outs), mask=column < columns)
 
 
 @triton.jit

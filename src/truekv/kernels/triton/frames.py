@@ -95,6 +95,107 @@ def _scaled(query, scale, start_R, kv_R, asked_R, dim_D, holds_D, ROW: tl.conste
     return x_RD
 
 
+@triton.jit
+def _asked(owner, offset, position, count, rows, QUERY_HEADS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return the rows of a program, which of them there are, which are somebody's, and their positions."""
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_R = row_R < rows
+    token_R = row_R // QUERY_HEADS
+    owner_R = tl.load(owner + token_R, mask=inside_R, other=0)
+    offset_R = tl.load(offset + token_R, mask=inside_R, other=0)
+    asked_R = inside_R & (offset_R < tl.load(count + owner_R, mask=inside_R, other=0))
+    position_R = (tl.load(position + owner_R, mask=asked_R, other=0) + offset_R).to(tl.int32)
+    return row_R, inside_R, asked_R, position_R
+
+
+@triton.jit
+def _sees(asked_R, position_R, first_key, keys, window, WINDOWED: tl.constexpr):
+    """Say which rows see a key among so many from that one on."""
+    sees_R = asked_R & (first_key <= position_R)
+    if WINDOWED:
+        sees_R &= first_key + keys > position_R - window + 1
+    return sees_R
+
+
+@triton.jit
+def _joined(
+    average,
+    largest,
+    total,
+    row_R,
+    asked_R,
+    position_R,
+    rows,
+    window,
+    span_keys,
+    first,
+    end,
+    WINDOWED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EACH: tl.constexpr,
+    STAGES: tl.constexpr,  # spans under way at once
+):
+    """Join every EACH-th span of some, in their order. Read is what was written: where a row sees a key."""
+    column_C = tl.arange(0, COLUMNS)
+    mean_RC = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
+    largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
+    total_R = tl.zeros([BLOCK_R], tl.float32)
+    # Each span waits for the last one's sums, but not for its bytes: with few rows there is little else to wait behind.
+    for span in tl.range(first, end, EACH, num_stages=STAGES):
+        read_R = _sees(asked_R, position_R, span * span_keys, EACH * span_keys, window, WINDOWED)
+        at_R = tl.cast(span, tl.int64) * rows + row_R
+        top_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
+        raised_R = tl.maximum(largest_R, top_R)
+        old_R, new_R = tl.exp2(largest_R - raised_R), tl.exp2(top_R - raised_R)
+        part_RC = tl.load(average + at_R[:, None] * COLUMNS + column_C[None, :], mask=read_R[:, None], other=0.0)
+        mean_RC = mean_RC * old_R[:, None] + part_RC * new_R[:, None]
+        total_R = total_R * old_R + tl.load(total + at_R, mask=read_R, other=0.0) * new_R
+        largest_R = raised_R
+    return mean_RC, largest_R, total_R
+
+
+@triton.jit(
+    do_not_specialize=["rows", "window", "span_keys"],
+    do_not_specialize_on_alignment=["owner", "offset", "position", "count"],
+)
+def join_kernel(
+    average,  # as merge_kernel has them; what is joined lies where the first of its spans did
+    largest,
+    total,
+    owner,
+    offset,
+    position,
+    count,
+    rows,
+    window,
+    span_keys,
+    COLUMNS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    JOINED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Join JOINED spans that follow one another, so that no program has to read all; grid: (tiles of rows, spans)."""
+    row_R, _, asked_R, position_R = _asked(owner, offset, position, count, rows, QUERY_HEADS, BLOCK_R)
+    first = tl.program_id(1) * JOINED
+    spans = tl.max(tl.where(asked_R, position_R // span_keys + 1, 0), 0)
+    if first >= spans:
+        return
+    mean_RC, largest_R, total_R = _joined(
+        *(average, largest, total, row_R, asked_R, position_R, rows, window, span_keys),
+        *(first, tl.minimum(first + JOINED, spans), WINDOWED, COLUMNS, BLOCK_R, 1, STAGES),
+    )
+    # Every thread has read the first span.
+    tl.debug_barrier()
+    seen_R = _sees(asked_R, position_R, first * span_keys, JOINED * span_keys, window, WINDOWED)
+    at_R = tl.cast(first, tl.int64) * rows + row_R
+    tl.store(average + at_R[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], mean_RC, mask=seen_R[:, None])
+    tl.store(largest + at_R, largest_R, mask=seen_R)
+    tl.store(total + at_R, total_R, mask=seen_R)
+
+
 @triton.jit(
     do_not_specialize=["rows", "window", "span_keys"],
     do_not_specialize_on_alignment=["owner", "offset", "position", "count"],
@@ -121,42 +222,24 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,  # spans under way at once
+    EACH: tl.constexpr,  # spans that are joined already
+    STAGES: tl.constexpr,
 ):
     """Merge the spans of each query row in their order, and take the average out of its frame; grid: (tiles of rows,).
 
-    Of a span is read what a program of attend_kernel wrote: those that hold a key which the query sees. A token of
-    nobody gets zeros.
+    A token of nobody gets zeros.
     """
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside_R = row_R < rows
-    token_R, head_R = row_R // (HEADS * GROUP), row_R % (HEADS * GROUP)
-    owner_R = tl.load(owner + token_R, mask=inside_R, other=0)
-    offset_R = tl.load(offset + token_R, mask=inside_R, other=0)
-    asked_R = inside_R & (offset_R < tl.load(count + owner_R, mask=inside_R, other=0))
-    position_R = (tl.load(position + owner_R, mask=asked_R, other=0) + offset_R).to(tl.int32)
+    row_R, inside_R, asked_R, position_R = _asked(owner, offset, position, count, rows, HEADS * GROUP, BLOCK_R)
     COLUMNS: tl.constexpr = ROW.columns
     column_C = tl.arange(0, COLUMNS)
-    mean_RC = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
-    largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
-    total_R = tl.zeros([BLOCK_R], tl.float32)
     spans = tl.max(tl.where(asked_R, position_R // span_keys + 1, 0), 0)
-    # Each span waits for the last one's sums, but not for its bytes: with few rows there is little else to wait behind.
-    for span in tl.range(0, spans, num_stages=STAGES):
-        read_R = asked_R & (span * span_keys <= position_R)
-        if WINDOWED:
-            read_R &= (span + 1) * span_keys > position_R - window + 1
-        at_R = tl.cast(span, tl.int64) * rows + row_R
-        top_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
-        raised_R = tl.maximum(largest_R, top_R)
-        old_R, new_R = tl.exp2(largest_R - raised_R), tl.exp2(top_R - raised_R)
-        part_RC = tl.load(average + at_R[:, None] * ROW.columns + column_C[None, :], mask=read_R[:, None], other=0.0)
-        mean_RC = mean_RC * old_R[:, None] + part_RC * new_R[:, None]
-        total_R = total_R * old_R + tl.load(total + at_R, mask=read_R, other=0.0) * new_R
-        largest_R = raised_R
+    mean_RC, _, total_R = _joined(
+        *(average, largest, total, row_R, asked_R, position_R, rows, window, span_keys),
+        *(0, spans, WINDOWED, COLUMNS, BLOCK_R, EACH, STAGES),
+    )
     mean_RC = mean_RC / tl.where(total_R == 0, 1.0, total_R)[:, None]
 
-    kv_R = head_R // GROUP
+    kv_R = row_R % (HEADS * GROUP) // GROUP
     start_R = row_R.to(tl.int64) * ROW.dim
     if rotation is None:
         dim_C, holds_C = dims(ROW)

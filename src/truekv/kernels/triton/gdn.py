@@ -21,13 +21,13 @@ from truekv.kernels.triton.chunks import (
     LONG,
     OPTIONS,
     fade,
+    find_row,
     laid_all,
-    long_row,
-    most_chunks,
+    most_long,
     read_columns,
     write_columns,
 )
-from truekv.kernels.triton.timeline import PARTS_OF_A_STEP, laid_at, lay_out
+from truekv.kernels.triton.timeline import PARTS_OF_A_STEP, find_part, laid_at, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,11 +61,11 @@ def scan(
     values = min(VALUES, triton.next_power_of_2(value_dim), max(1, NUMBERS // dims))
     drafts = log["conv"].shape[1]
     walk = (step.gather, step.count, step.certain, step.replay)
-    sizes = (tokens, longest, len(mixed), mixed.shape[1], heads, keys // key_dim)
+    sizes = (longest, len(mixed), mixed.shape[1], heads, keys // key_dim)
     scale = key_dim**-0.5
     grid = (triton.cdiv(value_dim, values), heads, rows)
     carry[grid](
-        *(state["state"], mixed, gates, out_THV, *walk, step.slot, *sizes, scale),
+        *(state["state"], mixed, gates, out_THV, *walk, step.slot, tokens, *sizes, scale),
         DRAFTS=drafts,
         D=key_dim,
         V=value_dim,
@@ -74,18 +74,24 @@ def scan(
         LONG=LONG,
     )
     if longest >= LONG:
-        each = (most_chunks(step, drafts, max(mixed.shape[1], heads * max(key_dim, value_dim))), heads, rows)
+        long, chunks = most_long(step, drafts, max(mixed.shape[1], heads * max(key_dim, value_dim)))
         shapes = (len(mixed), heads, key_dim), (len(mixed), heads, value_dim), (2, len(mixed), heads)
         reads, writes, factors = (gates.new_empty(shape) for shape in shapes)
         constants = {"DRAFTS": drafts, "D": key_dim, "V": value_dim, **OPTIONS}
-        solve[each](mixed, gates, reads, writes, factors, *walk, *sizes, **{**constants, "LINES": LINES // 2})
-        advance[grid](
-            *(state["state"], mixed, reads, writes, factors, out_THV, *walk, step.slot, *sizes),
+        solve[chunks, heads](
+            *(mixed, gates, reads, writes, factors, *walk, tokens, rows, *sizes),
+            num_stages=2,
+            **{**constants, "LINES": LINES // 2},
+        )
+        advance[*grid[:2], long](
+            *(state["state"], mixed, reads, writes, factors, out_THV, *walk, step.slot, tokens, rows, *sizes),
             VALUES=max(16, values),
             num_stages=1,
             **constants,
         )
-        answer[each](mixed, gates, writes, out_THV, *walk, *sizes, scale, num_warps=8, **constants)
+        answer[chunks, heads](
+            mixed, gates, writes, out_THV, *walk, tokens, rows, *sizes, scale, num_warps=8, **constants
+        )
     return out_THV
 
 
@@ -192,7 +198,7 @@ def _invert(lower_LL, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     return inverse_LL - tl.dot(inverse_LL, between_LL, input_precision=PARTS)
 
 
-@triton.jit(do_not_specialize=["tokens", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+@triton.jit(do_not_specialize=["tokens", "rows", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
 def solve(  # noqa: PLR0915 (two halves, and the second needs all of the first)
     mixed,
     gates,
@@ -204,6 +210,7 @@ def solve(  # noqa: PLR0915 (two halves, and the second needs all of the first)
     certains,
     replays,
     tokens,
+    rows,
     longest,
     places,
     channels,
@@ -222,13 +229,15 @@ def solve(  # noqa: PLR0915 (two halves, and the second needs all of the first)
     Token by token a write is w = beta (v - S^T k), and later tokens of the chunk find it in S. Solved for all of them:
     w = writes - reads S, with the state before the chunk.
     """
-    start, head, row = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    old, total = long_row(counts, certains, replays, row, LONG)
-    if start >= total:
+    head = tl.program_id(1)
+    row, start = find_part(tl.program_id(0), counts, certains, replays, rows, TOKENS, LONG)
+    if row < 0:
         return
+    old = tl.load(replays + row).to(tl.int32)
+    total = old + tl.load(counts + row).to(tl.int32)
     # In two halves: the second one finds what the first has written.
     HALF: tl.constexpr = TOKENS // 2
-    gather, replayed = gathers + row * longest, (tokens + row * DRAFTS).to(tl.int32)
+    gather, replayed = gathers + row.to(tl.int64) * longest, tokens + row * DRAFTS
     place1_L = start + tl.arange(0, HALF)
     place2_L = place1_L + HALF
     inside1_L, inside2_L = place1_L < total, place2_L < total
@@ -304,7 +313,7 @@ def _last(x_L):
     return tl.sum(tl.where(tl.arange(0, x_L.shape[0]) == x_L.shape[0] - 1, x_L, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+@triton.jit(do_not_specialize=["tokens", "rows", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
 def advance(
     states,
     mixed,
@@ -318,6 +327,7 @@ def advance(
     replays,
     slots,
     tokens,
+    rows,
     longest,
     places,
     channels,
@@ -333,11 +343,15 @@ def advance(
     PARTS: tl.constexpr,
 ):
     """One program per block of value dims, head and row; leaves what is written, and what queries read of the state."""
-    first_value, head, row = tl.program_id(0) * VALUES, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    old, total = long_row(counts, certains, replays, row, LONG)
+    first_value, head = tl.program_id(0) * VALUES, tl.program_id(1)
+    row = find_row(tl.program_id(2), counts, certains, replays, rows, LONG)
+    if row < 0:
+        return
+    old = tl.load(replays + row).to(tl.int32)
+    total = old + tl.load(counts + row).to(tl.int32)
     line_D = tl.arange(0, LINES)
     states += (tl.load(slots + row) * heads + head) * D * V
-    gather, replayed = gathers + row * longest, (tokens + row * DRAFTS).to(tl.int32)
+    gather, replayed = gathers + row.to(tl.int64) * longest, tokens + row * DRAFTS
     query, key = (head * key_heads // heads) * D, (key_heads + head * key_heads // heads) * D
     for start in range(0, total, TOKENS):
         place_N = start + tl.arange(0, TOKENS)
@@ -368,7 +382,7 @@ def advance(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["tokens", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+@triton.jit(do_not_specialize=["tokens", "rows", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
 def answer(
     mixed,
     gates,
@@ -379,6 +393,7 @@ def answer(
     certains,
     replays,
     tokens,
+    rows,
     longest,
     places,
     channels,
@@ -394,13 +409,15 @@ def answer(
     PARTS: tl.constexpr,
 ):
     """One program per chunk, head and row: add what queries read of the chunk's writes; make unit vectors of them."""
-    start, head, row = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    old, total = long_row(counts, certains, replays, row, LONG)
-    if start >= total:
+    head = tl.program_id(1)
+    row, start = find_part(tl.program_id(0), counts, certains, replays, rows, TOKENS, LONG)
+    if row < 0:
         return
+    old = tl.load(replays + row).to(tl.int32)
+    total = old + tl.load(counts + row).to(tl.int32)
     place_N = start + tl.arange(0, TOKENS)
     inside_N = place_N < total
-    at_N = laid_all(gathers + row * longest, place_N, total, old, (tokens + row * DRAFTS).to(tl.int32))
+    at_N = laid_all(gathers + row.to(tl.int64) * longest, place_N, total, old, tokens + row * DRAFTS)
     query, key = (head * key_heads // heads) * D, (key_heads + head * key_heads // heads) * D
     query_squares_N = tl.zeros((TOKENS,), tl.float32)
     squares_N = tl.zeros((TOKENS,), tl.float32)

@@ -80,9 +80,9 @@ def span_kernel(xs, outs, dim, stride, spans, ALONE: tl.constexpr, BLOCK: tl.con
         # Of equal ones the one that was there before.
         more_B = x_B > most_B
         most_B, place_B = tl.where(more_B, x_B, most_B), tl.where(more_B, at_B, place_B)
-    key = tl.max(_key(most_B, place_B, sound_B), 0)
+    key = tl.max(ordered(most_B, place_B, sound_B), 0)
     if ALONE:
-        tl.store(outs + row, _place(key))
+        tl.store(outs + row, place_of(key))
     else:
         tl.store(outs + row * spans + tl.program_id(1), key)
 
@@ -93,7 +93,7 @@ def row_kernel(keys, places, spans, BLOCK_P: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     span_P = tl.arange(0, BLOCK_P)
     key_P = tl.load(keys + row * spans + span_P, mask=span_P < spans, other=NONE)
-    tl.store(places + row, _place(tl.max(key_P, 0)))
+    tl.store(places + row, place_of(tl.max(key_P, 0)))
 
 
 @triton.jit
@@ -102,11 +102,11 @@ def key_kernel(xs, keys, dim, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_B = tl.load(xs + row * stride + at_B, mask=at_B < dim, other=0.0).to(tl.float32)
-    tl.store(keys + row * dim + at_B, _key(x_B, at_B, tl.abs(x_B) < float("inf")), mask=at_B < dim)
+    tl.store(keys + row * dim + at_B, ordered(x_B, at_B, tl.abs(x_B) < float("inf")), mask=at_B < dim)
 
 
 @triton.jit
-def _key(x, place, sound):
+def ordered(x, place, sound):
     """Integers in the order of (number, from the last place to the first): the number's bits above, the place below."""
     bits = x.to(tl.int32, bitcast=True)
     # Minus zero is zero. Below it, more bits mean less.
@@ -116,5 +116,6 @@ def _key(x, place, sound):
 
 
 @triton.jit
-def _place(key):
+def place_of(key):
+    """Say where the number of a key is, -1 for one that spoils its row."""
     return tl.where(key == SPOILT, -1, 0x7FFFFFFF - (key & 0x7FFFFFFF))

@@ -19,13 +19,13 @@ from truekv.kernels.triton.chunks import (
     LONG,
     OPTIONS,
     fade,
+    find_row,
     laid_all,
-    long_row,
-    most_chunks,
+    most_long,
     read_columns,
     write_columns,
 )
-from truekv.kernels.triton.timeline import PARTS_OF_A_STEP, laid_at, lay_out
+from truekv.kernels.triton.timeline import PARTS_OF_A_STEP, find_part, laid_at, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,10 +60,10 @@ def scan(
     rates, skips = (weights[name].float().contiguous() for name in ("A", "D"))
     drafts = log["conv"].shape[1]
     walk = (step.gather, step.count, step.certain, step.replay)
-    lengths = (tokens, longest, mixed.shape[1], heads, shared // size)
+    lengths = (longest, mixed.shape[1], heads, shared // size)
     grid = (triton.cdiv(head_dim, dims), heads, rows)
     carry[grid](
-        *(state["state"], mixed, gates, out_THP, rates, skips, *walk, step.slot, *lengths),
+        *(state["state"], mixed, gates, out_THP, rates, skips, *walk, step.slot, tokens, *lengths),
         DRAFTS=drafts,
         P=head_dim,
         S=size,
@@ -72,15 +72,17 @@ def scan(
         LONG=LONG,
     )
     if longest >= LONG:
-        each = (most_chunks(step, drafts, max(mixed.shape[1], heads * head_dim)), heads, rows)
+        long, chunks = most_long(step, drafts, max(mixed.shape[1], heads * head_dim))
         constants = {"DRAFTS": drafts, "P": head_dim, "S": size, **OPTIONS}
-        advance[grid](
-            *(state["state"], mixed, gates, out_THP, rates, *walk, step.slot, *lengths),
+        advance[*grid[:2], long](
+            *(state["state"], mixed, gates, out_THP, rates, *walk, step.slot, tokens, rows, *lengths),
             DIMS=max(16, dims),
             num_stages=1,
             **{**constants, "LINES": LINES // 2},
         )
-        answer[each](mixed, gates, out_THP, rates, skips, *walk, *lengths, num_warps=8, **constants)
+        answer[chunks, heads](
+            mixed, gates, out_THP, rates, skips, *walk, tokens, rows, *lengths, num_warps=8, **constants
+        )
     return out_THP
 
 
@@ -150,7 +152,7 @@ def carry(
         tl.store(held, h, mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens", "longest"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+@triton.jit(do_not_specialize=["tokens", "rows", "longest"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
 def advance(
     states,
     mixed,
@@ -163,6 +165,7 @@ def advance(
     replays,
     slots,
     tokens,
+    rows,
     longest,
     channels,
     heads,
@@ -177,11 +180,15 @@ def advance(
     PARTS: tl.constexpr,
 ):
     """One program per block of a head's dims, head and row; leaves what tokens read of the state before their chunk."""
-    first_dim, head, row = tl.program_id(0) * DIMS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    old, total = long_row(counts, certains, replays, row, LONG)
+    first_dim, head = tl.program_id(0) * DIMS, tl.program_id(1)
+    row = find_row(tl.program_id(2), counts, certains, replays, rows, LONG)
+    if row < 0:
+        return
+    old = tl.load(replays + row).to(tl.int32)
+    total = old + tl.load(counts + row).to(tl.int32)
     rate, dim_P = tl.load(rates + head), first_dim + tl.arange(0, DIMS)
     states += (tl.load(slots + row) * heads + head) * P * S
-    gather, replayed = gathers + row * longest, (tokens + row * DRAFTS).to(tl.int32)
+    gather, replayed = gathers + row.to(tl.int64) * longest, tokens + row * DRAFTS
     b, c = heads * P + (head * groups // heads) * S, heads * P + (groups + head * groups // heads) * S
     for start in range(0, total, TOKENS):
         place_N = start + tl.arange(0, TOKENS)
@@ -206,7 +213,7 @@ def advance(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["tokens", "longest"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+@triton.jit(do_not_specialize=["tokens", "rows", "longest"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
 def answer(
     mixed,
     gates,
@@ -218,6 +225,7 @@ def answer(
     certains,
     replays,
     tokens,
+    rows,
     longest,
     channels,
     heads,
@@ -231,13 +239,15 @@ def answer(
     PARTS: tl.constexpr,
 ):
     """One program per chunk, head and row: add what each token reads of the chunk's own."""
-    start, head, row = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    old, total = long_row(counts, certains, replays, row, LONG)
-    if start >= total:
+    head = tl.program_id(1)
+    row, start = find_part(tl.program_id(0), counts, certains, replays, rows, TOKENS, LONG)
+    if row < 0:
         return
+    old = tl.load(replays + row).to(tl.int32)
+    total = old + tl.load(counts + row).to(tl.int32)
     place_N = start + tl.arange(0, TOKENS)
     inside_N = place_N < total
-    at_N = laid_all(gathers + row * longest, place_N, total, old, (tokens + row * DRAFTS).to(tl.int32))
+    at_N = laid_all(gathers + row.to(tl.int64) * longest, place_N, total, old, tokens + row * DRAFTS)
     b, c = heads * P + (head * groups // heads) * S, heads * P + (groups + head * groups // heads) * S
     score_NN = tl.zeros((TOKENS, TOKENS), tl.float32)
     for first in range(0, S, LINES):

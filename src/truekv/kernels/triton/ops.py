@@ -1,4 +1,4 @@
-"""Linear maps by torch's own products (cuBLAS), norms, gates, experts and greedy tokens by Triton, routers in torch.
+"""Linear maps by torch's own products (cuBLAS), all else by Triton: norms, gates, routers, experts, greedy tokens.
 
 Unlike the native kernels', the last bits of a product's row may depend on how many rows there are.
 """
@@ -12,6 +12,7 @@ from truekv.kernels.reference.ops import ReferenceMatrix, ReferenceOps
 from truekv.kernels.triton import rows
 from truekv.kernels.triton.experts import TritonExperts
 from truekv.kernels.triton.largest import best, largest
+from truekv.kernels.triton.router import route
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,7 +31,6 @@ class TritonOps:
         reference = ReferenceOps()
         self.head_matrices = reference.head_matrices
         self.angles = reference.angles
-        self.route = reference.route
         self.finite = reference.finite
 
     def matrix(self, parts: Seq[Part]) -> Matrix:
@@ -57,6 +57,7 @@ class TritonOps:
     rotate = staticmethod(rows.rotate)
     largest = staticmethod(largest)
     best = staticmethod(best)
+    route = staticmethod(route)
 
 
 OPS: Final[Ops] = TritonOps()

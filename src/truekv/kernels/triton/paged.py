@@ -17,7 +17,7 @@ from truekv.kernels.reference import paged as reference
 from truekv.kernels.triton import layout as layouts
 from truekv.kernels.triton.attention import attend_kernel
 from truekv.kernels.triton.encode import store_kernel
-from truekv.kernels.triton.frames import merge_kernel, query_kernel
+from truekv.kernels.triton.frames import join_kernel, merge_kernel, query_kernel
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.layout import Row, layout, rotation
 from truekv.kernels.triton.tiles import arch, attend_options, operand, span_keys, torch_operand
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from truekv.core.spec import Paged
 
 _ALIGNMENT: Final = 16
+JOINED: Final = 16
+"""Spans that one program joins before what is left is merged. A row that has no more has the same bits either way."""
 
 
 def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
@@ -187,22 +189,33 @@ def merge(
 ) -> torch.Tensor:
     """Return the averages [T, H, D] of all spans, out of the frame of the values."""
     average, largest, total = parts
-    _, tokens, query_heads, _ = average.shape
+    spans, tokens, query_heads, _ = average.shape
     frame = value.frame
     made = dtype if dtype in {torch.float32, torch.bfloat16} and not INTERPRETED else torch.float32
     out = torch.empty(tokens, query_heads, row.dim, dtype=made, device=average.device)
     if tokens:
-        merge_kernel[(triton.cdiv(tokens * query_heads, 16),)](
+        tiles = triton.cdiv(tokens * query_heads, 16)
+        owners = (step.owner, step.offset, step.position, step.count)
+        stages = 4 if row.columns <= 256 else 3
+        if spans > JOINED:
+            join_kernel[(tiles, triton.cdiv(spans, JOINED))](
+                *(average, largest, total, *owners, tokens * query_heads, window or 0, span),
+                COLUMNS=row.columns,
+                QUERY_HEADS=query_heads,
+                WINDOWED=window is not None,
+                BLOCK_R=16,
+                JOINED=JOINED,
+                STAGES=stages,
+                num_warps=8,
+            )
+        merge_kernel[(tiles,)](
             average,
             largest,
             total,
             frame.centre,
             frame.scale,
             rotation(value, row, average.device) if frame.rotated else None,
-            step.owner,
-            step.offset,
-            step.position,
-            step.count,
+            *owners,
             out,
             tokens * query_heads,
             window or 0,
@@ -214,7 +227,8 @@ def merge(
             BLOCK_R=16,
             BLOCK_D=_part(16, triton.next_power_of_2(row.dim)),
             WIDTH=_part(128, row.columns),
-            STAGES=4 if row.columns <= 256 else 3,
+            EACH=JOINED if spans > JOINED else 1,
+            STAGES=stages,
             num_warps=8,
         )
     return out.to(dtype)

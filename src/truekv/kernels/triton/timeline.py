@@ -77,7 +77,8 @@ def lay_out(
     )
     channel_blocks = triton.cdiv(channels, CHANNELS)
     span = max(SPAN, triton.next_power_of_2(drafts + taps))
-    prepare[(rows, channel_blocks + 1, triton.cdiv(drafts + longest, span))](
+    alone = drafts + longest <= span
+    prepare[(rows if alone else most_parts(tokens, rows, drafts, span), channel_blocks + 1)](
         conv_TC,
         conv_TC.stride(0),
         taps_CK,
@@ -90,7 +91,7 @@ def lay_out(
         log[gates[-1]],
         *(step.gather, step.count, step.certain, step.replay, step.slot),
         *laid,
-        *(tokens, longest, channels, heads, places, channel_blocks),
+        *(tokens, rows, longest, channels, heads, places, channel_blocks),
         TAPS=taps,
         TAIL=triton.next_power_of_2(max(1, taps - 1)),
         DRAFTS=drafts,
@@ -100,8 +101,39 @@ def lay_out(
         HEADS=triton.next_power_of_2(heads),
         PLACES=min(PLACES, triton.next_power_of_2(drafts + longest)),
         SPAN=span,
+        ALONE=alone,
     )
     return laid
+
+
+def most_parts(tokens: int, rows: int, drafts: int, size: int) -> int:
+    """Return how many parts of `size` places rows have at most, if their new tokens are so many in all."""
+    return tokens // size + rows * (triton.cdiv(drafts, size) + 1)
+
+
+@triton.jit
+def find_part(number, counts, certains, replays, rows, SIZE: tl.constexpr, LONG: tl.constexpr):
+    """Cut rows into parts of SIZE places and count them through: the row of one, -1 if there are fewer, and its place.
+
+    Programs for parts are as many as there may be; one for every row times the parts of the longest would be many more,
+    nearly all of them without anything to do. LONG above 0: only of rows of as many new tokens, none of them a draft.
+    """
+    ROWS: tl.constexpr = 128
+    row, start, passed = tl.full([], -1, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for first in range(0, rows, ROWS):
+        at_R = first + tl.arange(0, ROWS)
+        count_R = tl.load(counts + at_R, mask=at_R < rows, other=0).to(tl.int32)
+        total_R = count_R + tl.load(replays + at_R, mask=at_R < rows, other=0).to(tl.int32)
+        if LONG > 0:
+            certain_R = tl.load(certains + at_R, mask=at_R < rows, other=0).to(tl.int32)
+            total_R = tl.where((count_R >= LONG) & (certain_R == count_R), total_R, 0)
+        parts_R = (total_R + SIZE - 1) // SIZE
+        end_R = passed + tl.cumsum(parts_R, 0)
+        mine_R = (number < end_R) & (number >= end_R - parts_R)
+        row += tl.sum(tl.where(mine_R, at_R + 1, 0), 0)
+        start += tl.sum(tl.where(mine_R, (number - end_R + parts_R) * SIZE, 0), 0)
+        passed += tl.sum(parts_R, 0)
+    return row, start
 
 
 @triton.jit
@@ -147,6 +179,7 @@ def _lay_gate(
     log,
     gates,
     gather,
+    begin,
     old,
     total,
     kept,
@@ -157,7 +190,7 @@ def _lay_gate(
     SPAN: tl.constexpr,
 ):
     """Copy one number per token and head to where it lies laid out, and the drafts' to the row's log."""
-    head, begin = tl.arange(0, HEADS)[None, :], tl.program_id(2) * SPAN
+    head = tl.arange(0, HEADS)[None, :]
     for start in range(begin, tl.minimum(begin + SPAN, total), PLACES):
         place = start + tl.arange(0, PLACES)[:, None]
         inside = (place < total) & (head < heads)
@@ -176,8 +209,8 @@ def _lay_gate(
         tl.store(log + ((place - kept) * heads + head), new, mask=head < heads)
 
 
-@triton.jit(do_not_specialize=["tokens", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
-def prepare(
+@triton.jit(do_not_specialize=["tokens", "rows", "longest", "places"], do_not_specialize_on_alignment=PARTS_OF_A_STEP)
+def prepare(  # noqa: C901 (gates and channels share the walk along a row)
     inputs,
     stride,
     taps,
@@ -196,6 +229,7 @@ def prepare(
     mixed,
     gates,
     tokens,
+    rows,
     longest,
     channels,
     heads,
@@ -210,9 +244,17 @@ def prepare(
     HEADS: tl.constexpr,
     PLACES: tl.constexpr,
     SPAN: tl.constexpr,
+    ALONE: tl.constexpr,  # whether no row has more than one span
 ):
-    """One program per row, block of channels and span of places, and one more per row and span for the gates."""
-    row, block, begin = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * SPAN
+    """One program per row's span of places and block of channels, and one more per span for the gates."""
+    block = tl.program_id(1)
+    if ALONE:
+        row, begin = tl.program_id(0).to(tl.int64), 0
+    else:
+        row, begin = find_part(tl.program_id(0), counts, certains, replays, rows, SPAN, 0)
+        row = row.to(tl.int64)
+        if row < 0:
+            return
     old = tl.load(replays + row).to(tl.int32)
     total = old + tl.load(counts + row).to(tl.int32)
     if begin >= total:
@@ -223,11 +265,11 @@ def prepare(
     gather, replayed = gathers + row * longest, tokens + row * DRAFTS
     if block == channel_blocks:
         log = first_logs + slot * DRAFTS * heads
-        _lay_gate(first, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES, SPAN)
+        _lay_gate(first, log, gates, gather, begin, old, total, kept, replayed, heads, HEADS, PLACES, SPAN)
         if GATES == 2:
             log = second_logs + slot * DRAFTS * heads
             gates += places * heads
-            _lay_gate(second, log, gates, gather, old, total, kept, replayed, heads, HEADS, PLACES, SPAN)
+            _lay_gate(second, log, gates, gather, begin, old, total, kept, replayed, heads, HEADS, PLACES, SPAN)
         return
     tail, log = tails + slot * channels * (TAPS - 1), logs + slot * DRAFTS * channels
     channel = (block * CHANNELS + tl.arange(0, CHANNELS))[None, :]
