@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from truekv.core.batch import Step
     from truekv.core.options import EngineOptions
-    from truekv.core.protocols import CacheFormat
+    from truekv.core.protocols import CacheFormat, Model
     from truekv.core.spec import ModelSpec
-    from truekv.engine.activations import Activations, Parts
+    from truekv.engine.activations import Parts
     from truekv.engine.capture import StepGraphs
     from truekv.engine.generate import Engine
     from truekv.engine.run import Runner
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from truekv.engine.tokens import Tokenizer
     from truekv.formats.frame import Frame
     from truekv.kernels.table import Kernels
+    from truekv.memory.arena import Arena
     from truekv.memory.plan import MemoryPlan
     from truekv.models.weights import Checkpoint
     from truekv.serve.messages import ChatTemplate
@@ -82,7 +83,6 @@ def locate(model: str) -> str:
 
 def design(model: str, options: EngineOptions) -> Blueprint:
     """Decide everything and refuse whatever cannot run. Reads JSON and headers; allocates nothing."""
-    from truekv.engine.activations import activations
     from truekv.engine.tokens import Tokenizer
     from truekv.formats.choice import choose_formats
     from truekv.kernels.table import select
@@ -115,17 +115,7 @@ def design(model: str, options: EngineOptions) -> Blueprint:
         scratch=int(captures(options, kernels, device)),
     )
     step_tokens = options.max_num_batched_tokens or STEP_TOKENS[device.type]
-    parts = None
-    if device.type == "cuda":
-        weights = checkpoint.bytes_in(dtype)
-        room = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) - weights
-        needed = functools.partial(
-            activations, checkpoint.architecture, step_tokens=step_tokens, captured=captures(options, kernels, device)
-        )
-        sequences, planned, parts = _on_device(options, divided, needed, room, weights)
-    else:
-        sequences = options.max_num_seqs or SEQUENCES[device.type]
-        planned = divided(memory=options.memory, max_num_seqs=sequences)
+    sequences, planned, parts = _divide(checkpoint, options, dtype, divided, step_tokens, device)
     options = replace(options, max_num_seqs=sequences, max_num_batched_tokens=step_tokens)
     _fits_guesses(options, planned)
     measured = _measured(checkpoint, options.kv_cache_frames, model)
@@ -139,42 +129,47 @@ def design(model: str, options: EngineOptions) -> Blueprint:
     )
 
 
-def _on_device(
+def _divide(
+    checkpoint: Checkpoint,
     options: EngineOptions,
+    dtype: str,
     divided: Callable[..., MemoryPlan],
-    needed: Callable[[MemoryPlan], Activations],
-    room: int,
-    weights: int,
-) -> tuple[int, MemoryPlan, Parts]:
-    """Choose how many sequences, where that is not asked for, and divide what weights leave of a device.
+    step_tokens: int,
+    device: torch.device,
+) -> tuple[int, MemoryPlan, Parts | None]:
+    """Choose how many sequences, where that is not asked for, and divide the memory; `divided` is the plan of either.
 
-    `needed` says of a plan what its steps take of the `room`. What is given as memory is for rows and states alone.
+    Of a GPU rows and states get what weights and steps leave. What is asked for as memory is for them alone.
     """
-    room = room if options.memory is None else options.memory
-    sequences = options.max_num_seqs or SEQUENCES["cuda"]
+    from truekv.engine.activations import activations
+
+    sequences = options.max_num_seqs or SEQUENCES[device.type]
+    if device.type != "cuda":
+        return sequences, divided(memory=options.memory, max_num_seqs=sequences), None
+    weights = checkpoint.bytes_in(dtype)
+    free = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) - weights
     while True:
         planned = divided(max_num_seqs=sequences)
-        steps = needed(planned)
-        taken = 0 if options.memory is not None else steps.nbytes
+        # A plan with a scratch is one that is captured.
+        steps = activations(checkpoint.architecture, planned, step_tokens, captured=planned.slots > sequences)
+        taken = steps.nbytes if options.memory is None else 0
+        room = (free if options.memory is None else options.memory) - taken
         states = planned.slots * planned.state_bytes_per_sequence
-        if options.max_num_seqs or sequences == 1 or 3 * (states + taken) <= room:
+        if options.max_num_seqs or sequences == 1 or 3 * (states + taken) <= room + taken:
             break
         sequences //= 2
     divided = functools.partial(divided, max_num_seqs=sequences, steps=steps.nbytes)
-    if options.memory is not None or planned.total_bytes > room - taken:
-        return sequences, divided(memory=max(0, room - taken), reserved=weights), steps.parts
-    return sequences, divided(), steps.parts
+    fits = options.memory is None and planned.total_bytes <= room
+    return sequences, divided() if fits else divided(memory=max(0, room), reserved=weights), steps.parts
 
 
 def build(blueprint: Blueprint) -> Engine:
     """Load the weights, allocate the memory that was planned, and start the engine."""
-    from truekv.engine.capture import WARMED_PAGES, StepGraphs
     from truekv.engine.generate import Engine
     from truekv.engine.run import Runner
     from truekv.engine.schedule import Schedule
     from truekv.engine.tokens import end_tokens
     from truekv.memory.arena import Arena
-    from truekv.serve.progress import Bar
     from truekv.trust.sentinel import Sentinel
 
     options, plan, checkpoint = blueprint.options, blueprint.plan, blueprint.checkpoint
@@ -191,15 +186,8 @@ def build(blueprint: Blueprint) -> Engine:
         prefix_interval=options.prefix_checkpoint_interval if options.enable_prefix_caching else None,
         device=blueprint.device,
     )
-
     # Captured steps come first: what their padding holds is nobody's any more.
-    def forward(step: Step) -> torch.Tensor:
-        return model.forward(step, arena.layers)
-
-    graphs = StepGraphs(forward, arena) if captured else None
-    if graphs and warms(blueprint.device):
-        with Bar("capturing steps") as bar:
-            graphs.warm(WARMED_PAGES, progress=bar.update)
+    graphs = _captured(model, arena) if captured else None
     runner = Runner(model, arena, graphs)
     drafter = _drafter(blueprint, runner, graphs)
     schedule = Schedule(
@@ -240,12 +228,30 @@ def warms(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _captured(model: Model, arena: Arena) -> StepGraphs:
+    from truekv.engine.capture import WARMED_PAGES, StepGraphs
+
+    def forward(step: Step) -> torch.Tensor:
+        return model.forward(step, arena.layers)
+
+    graphs = StepGraphs(forward, arena)
+    if warms(arena.device):
+        _warm("capturing steps", functools.partial(graphs.warm, WARMED_PAGES))
+    return graphs
+
+
+def _warm(title: str, record: Callable[..., None]) -> None:
+    from truekv.serve.progress import Bar
+
+    with Bar(title) as bar:
+        record(progress=bar.update)
+
+
 def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) -> Drafter | None:
     from truekv.engine.capture import StepGraphs
     from truekv.engine.speculate.adapt import draft_cost
     from truekv.engine.speculate.drafting import Drafter
     from truekv.engine.speculate.mtp import Predictor
-    from truekv.serve.progress import Bar
 
     speculation, model, arena = blueprint.options.speculative_config, runner.model, runner.arena
     if speculation is None:
@@ -260,8 +266,7 @@ def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) ->
         predictor = Predictor(model, arena, replayed)
         rehearse = functools.partial(predictor.rehearse, dtype=dtype)
         if graphs and warms(arena.device):
-            with Bar("capturing guesses") as bar:
-                predictor.warm(speculation.num_speculative_tokens, dtype, bar.update)
+            _warm("capturing guesses", functools.partial(predictor.warm, speculation.num_speculative_tokens, dtype))
 
     def run(step: Step) -> torch.Tensor:
         with torch.inference_mode():

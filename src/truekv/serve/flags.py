@@ -222,7 +222,10 @@ class EngineFlags:
         bool, typer.Option(help="Keep rows and states for prompts that begin alike.", rich_help_panel="Engine")
     ] = True
     prefix_checkpoint_interval: Annotated[
-        int, typer.Option(help="Tokens between a prompt's saved recurrent states, where its chunks end.", rich_help_panel="Engine")
+        int,
+        typer.Option(
+            help="Tokens between a prompt's saved recurrent states, where its chunks end.", rich_help_panel="Engine"
+        ),
     ] = 512
     max_num_batched_tokens: Annotated[
         int | None,
