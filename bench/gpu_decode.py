@@ -188,7 +188,7 @@ def decode(drawn: Drawn, ask: Ask, steps: int, warm: int = 3) -> dict[str, Any]:
     graphs = StepGraphs(eager, arena) if ask.capture else None
     predictor = None
     if drafts:
-        replayed = None if graphs is None else functools.partial(StepGraphs, arena=arena, scratch=graphs.scratch)
+        replayed = None if graphs is None else functools.partial(StepGraphs, arena=arena, beside=graphs)
         predictor = Predictor(drawn.model, arena, replayed)
     held = deepen(arena, ask.depth, ask.batch)
     whole: list[float] = []

@@ -90,7 +90,7 @@ def start(
     blueprint = design(model, options)
     engine = build(blueprint)
     backends = sorted(set(dict(blueprint.kernels.describe()).values()))
-    return TrueKV(engine.runner, options.max_num_batched_tokens), f"kernels: {', '.join(backends)}"
+    return TrueKV(engine.runner, blueprint.step_tokens), f"kernels: {', '.join(backends)}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from truekv.core.errors import ConstraintFailed, Corrupted, DoesNotFit, Refused, TrueKVError
+    from truekv.core.errors import ConstraintFailed, Corrupted, DoesNotFit, OutOfMemory, Refused, TrueKVError
     from truekv.core.options import EngineOptions, SamplingParams, StructuredOutputs
     from truekv.serve.llm import LLM
 
@@ -17,6 +17,7 @@ __all__ = [
     "Corrupted",
     "DoesNotFit",
     "EngineOptions",
+    "OutOfMemory",
     "Refused",
     "SamplingParams",
     "StructuredOutputs",

@@ -49,10 +49,10 @@ class Twice:
     def __init__(self, function: Callable[[], torch.Tensor]) -> None:
         with torch.no_grad(), recording():
             function()
-            self._output = function()
+            self.output = function()
 
     def replay(self) -> torch.Tensor:
-        return self._output
+        return self.output
 
 
 def launch(kernel: Any, *arguments: object, **_: object) -> None:
@@ -80,6 +80,9 @@ def fake() -> torch.device:
 
     def tensor(data: object, *, device: Any = None, **options: Any) -> torch.Tensor:
         made = plain(data, **options)
+        if isinstance(made, FakeTensor):
+            # Of one number torch knows the value, and would compute with it.
+            made.constant = None
         return made if device is None else made.to(device)
 
     torch.tensor = tensor  # type: ignore[assignment]
@@ -114,7 +117,7 @@ def serve(directory: Path, kv: str, dtype: Any, device: torch.device, *, misplac
     arena = Arena(spec, planned, kernels, check_finite=False, device=device)
     graphs = StepGraphs(lambda step: model.forward(step, arena.layers), arena)
     runner = Runner(model, arena, graphs)
-    predictor = Predictor(model, arena, lambda run: StepGraphs(run, arena, graphs.scratch)) if heads else None
+    predictor = Predictor(model, arena, lambda run: StepGraphs(run, arena, graphs)) if heads else None
     held = [arena.open() for _ in range(SEQUENCES)]
     shapes: list[list[tuple[int, ...]]] = []
     for count, drafts, wanted in ((40, 0, 1), (3, 0, 0), (1, 0, 1), (1 + DRAFTS, DRAFTS, 1 + DRAFTS)):

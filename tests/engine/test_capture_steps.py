@@ -177,9 +177,7 @@ def test_two_captures_share_a_scratch_and_take_tensors_beside_the_step(
     def shifted(model: Model, step: Step, arena: Arena, by: torch.Tensor) -> torch.Tensor:
         return model.forward(step, arena.layers) + by
 
-    graphs = StepGraphs(
-        lambda step, by: shifted(twins.model, step, twins.captured, by), twins.captured, twins.graphs.scratch
-    )
+    graphs = StepGraphs(lambda step, by: shifted(twins.model, step, twins.captured, by), twins.captured, twins.graphs)
     assert graphs.scratch is twins.graphs.scratch
     for number in range(1, 4):
         sides: list[torch.Tensor] = []
@@ -258,8 +256,8 @@ def test_warming_up_records_every_size_and_changes_no_memory(checkpoint: Callabl
         twins.step(asked)
     seen: list[tuple[int, int]] = []
     twins.graphs.warm(4, progress=lambda done, total: seen.append((done, total)))
-    # 1 to 16 tokens in rows of 1 and of 1 + DRAFTS.
-    assert seen == [(done, 32) for done in range(33)]
+    # 1 to 16 tokens in rows of 1 and of 1 + DRAFTS, in tables of 1 and of 4 pages, and one in the widest.
+    assert seen == [(done, 65) for done in range(66)]
     assert all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for _, ours, theirs in twins.memories())
     recorded = twins.graphs.recorded
     assert not list(differences(twins, seed=2, steps=0))
@@ -271,7 +269,8 @@ def test_no_table_is_wider_than_the_longest_sequence(checkpoint: Callable[[str],
     twins = Twins(checkpoint("dense"), "f32", "native")
     plan, sizes = twins.captured.plan, twins.graphs.sizes
     widest = plan.pages_for(LONGEST + DRAFTS)
-    assert {size.pages for size in sizes.within(10 * widest)} == {widest}
+    assert {size.pages for size in sizes.within(10 * widest)} == {1, 4, widest}
+    assert sizes.within(10 * widest)[0].pages == widest
     assert widest % 4, "four times a narrower one"
     step = twins.captured.reserve([Chunk(twins.held[0][1], list(range(LONGEST)))])
     held = sizes.holding(dataclasses.replace(step, tokens=step.tokens[:1], gather=step.gather[:, :1]))
@@ -299,6 +298,79 @@ def test_only_so_many_sizes_are_kept(checkpoint: Callable[[str], Checkpoint], mo
         eager, captured = twins.step({index: ([5], 0, 0) for index in range(rows)})
         assert torch.equal(eager, captured)
         assert twins.graphs.recorded == recorded
+
+
+@native_only
+def test_a_size_without_room_runs_as_it_is_and_says_so_once(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(recording.Recording):
+        def __init__(self, function: Callable[[], torch.Tensor]) -> None:
+            super().__init__(function)
+            if len(self.output) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(capture, "recorder", lambda _: Full)
+    twins = Twins(checkpoint("gdn"), "int8", "native")
+    assert not list(differences(twins, steps=24))
+    assert twins.graphs.replays > 0
+    assert twins.graphs.eager > SEQUENCES
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said)) == list(twins.graphs._captured.values()).count(None) > 1
+    assert all(text.startswith("steps of ") and "give the cache less memory" in text for text in said)
+    # What was refused once is not tried again.
+    recorded = twins.graphs.recorded
+    twins.graphs.warm(1, progress=lambda _done, _total: None)
+    twins.graphs.warm(1, progress=lambda _done, _total: None)
+    assert twins.graphs.recorded - recorded <= 2 * 2
+    assert len({record.getMessage() for record in caplog.records}) == len(caplog.records)
+
+
+def test_on_a_gpu_sizes_are_few_and_tables_that_are_warmed_hold_usual_contexts(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "NARROWEST", 16)
+    spec = checkpoint("dense").architecture.spec
+    formats = choose_formats(spec, "int8", "", "float32")
+    planned = plan(spec, formats, max_model_len=32, max_num_seqs=257, drafts=3)
+    sizes = capture.StepSizes(planned, cpu=False).within(capture.WARMED_PAGES)
+    assert sizes[0] == padding.StepSize(512, 257, 4, 2)
+    assert sizes[-1] == padding.StepSize(1, 1, 1, 2)
+    assert len(sizes) == 2 * 23
+    sizes = capture.StepSizes(dataclasses.replace(planned, longest=262_144), cpu=False).within(capture.WARMED_PAGES)
+    # The smallest of the widest table launches what its others will.
+    *sizes, last = sizes
+    assert (last.tokens, last.rows, last.longest) == (1, 1, 1)
+    assert last.pages * planned.page_tokens >= 262_144
+    assert sorted({size.pages for size in sizes}) == [16, 64, 256]
+    # The largest first: what it lets go of is enough for every other.
+    assert [size.pages * size.rows for size in sizes[:2]] == [256 * 257] * 2
+    assert all(most >= count for size in sizes for most, count in zip(sizes[0], size, strict=True))
+
+
+@native_only
+def test_on_a_gpu_a_size_is_dropped_for_memory_alone(
+    checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MOST_CAPTURED", 1)
+    twins = Twins(checkpoint("dense"), "f32", "native")
+    monkeypatch.setattr(twins.graphs, "_cpu", False)
+    for rows in (1, 2, 3, 4, 1, 2, 3, 4):
+        twins.step({index: ([5], 0, 0) for index in range(rows)})
+    assert twins.graphs.recorded == 4
+    kept = sum(one.nbytes for one in twins.graphs._captured.values() if one)
+    # What a size really keeps is no more than is said of it.
+    for one in twins.graphs._captured.values():
+        assert one is not None
+        padded = one._padded
+        held = [padded._first, padded._numbers, *padded._places.values(), one._recording.output]
+        assert sum(tensor.nbytes for tensor in held) <= one.nbytes
+    monkeypatch.setattr(capture, "KEPT", kept)
+    twins.step({0: ([5, 6], 1, 0)})
+    assert twins.graphs.recorded == 5
+    assert sum(one.nbytes for one in twins.graphs._captured.values() if one) <= kept
+    before = [size.rows for size, *_ in twins.graphs._captured]
+    assert before[:1] != [1], "that was used longest ago"
 
 
 @native_only
@@ -362,7 +434,7 @@ def test_a_forward_that_reads_the_host_is_refused(
     graphs = StepGraphs(
         lambda step: twins.model.forward(step, twins.captured.layers) + read(step),
         twins.captured,
-        twins.graphs.scratch,
+        twins.graphs,
     )
     with pytest.raises(Refused, match="reads on the host what its numbers decide \\(_local_scalar_dense\\)"):
         graphs(twins.captured.reserve([Chunk(twins.held[0][1], [5])]))

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from truekv import LLM, Corrupted, Refused, SamplingParams
+from truekv import LLM, Corrupted, OutOfMemory, Refused, SamplingParams
 from truekv.core.batch import Chunk
 from truekv.core.options import Speculation
 from truekv.engine.events import Ended, Failed, Sampled, Stored
 from truekv.engine.run import Runner
+from truekv.engine.speculate.mtp import Predictor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -278,6 +279,66 @@ def test_rows_that_cannot_be_stored_end_their_request_in_the_step_that_all_share
     assert sizes[:2] == [len(requests), len(requests) - 1]
     assert llm._engine.runner.forward.eager >= 1
     assert_all_returned(llm)
+
+
+def run_out_of_memory(layer: Any, most: int, token: int = -1) -> None:
+    """Let steps of more tokens than `most`, and those with one token, find no room, after some of their work."""
+    attend = layer.attend
+
+    def crowded(queries: Any, rows: Any, scale: float, step: Any) -> torch.Tensor:
+        if len(step.tokens) > most or bool((step.tokens == token).any()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return attend(queries, rows, scale, step)
+
+    layer.attend = crowded
+
+
+def test_a_step_without_room_is_taken_in_smaller_ones(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked: dict[str, Any] = {"max_model_len": 128, "capture": "off", "kv_cache_dtype": "int8", "debug_poison": True}
+    healthy = [result.tokens for result in LLM(str(directory), **asked).generate(PROMPTS, FREE)]
+    llm = LLM(str(directory), **asked)
+    engine = engine_of(llm)
+    run_out_of_memory(engine.runner.arena.layers[-1], most=30)
+    assert [result.tokens for result in llm.generate(PROMPTS, FREE)] == healthy
+    # 40 + 1 + 65 + 7 tokens did not fit (fewer where a state is kept on the way), nor did the half of them.
+    assert engine.schedule.step_tokens in {26, 28}
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.endswith(f"steps have {count} tokens") for text in said for count in (52, 56, 26, 28)].count(True) == 2
+    assert all("has no room on the device beside the weights and the cache; lower --max-num" in text for text in said)
+    assert_all_returned(llm)
+
+
+def test_who_has_no_room_alone_ends_alone(dense: Path) -> None:
+    llm = LLM(str(dense), max_model_len=128, capture="off")
+    engine = engine_of(llm)
+    healthy = [result.tokens for result in llm.generate(PROMPTS, FREE)]
+    run_out_of_memory(engine.runner.arena.layers[-1], most=512, token=99)
+    requests = [engine.add(prompt, FREE) for prompt in (PROMPTS[0], [4, 99, 3], *PROMPTS[1:])]
+    failed = [event for event in engine.run(requests) if isinstance(event, Failed)]
+    assert [(event.request, type(event.error)) for event in failed] == [(requests[1].identity, OutOfMemory)]
+    assert [request.generated for request in (requests[0], *requests[2:])] == healthy
+    # It is gone, and others take steps as before.
+    assert engine.schedule.step_tokens == 512
+    assert_all_returned(llm)
+    with pytest.raises(OutOfMemory, match="a step of 2 tokens for 1 sequence has no room on the device beside"):
+        llm.logits([4, 99])
+    assert_all_returned(llm)
+
+
+def test_guesses_without_room_end_the_requests_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM("tiny-hybrid", max_model_len=128, speculative_config=Speculation(method="mtp", adaptive=False))
+    prompts = [PROMPTS[1], PROMPTS[3]]
+    healthy = [result.tokens for result in llm.generate(prompts, FREE)]
+
+    def crowded(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Predictor, "propose", crowded)
+        with pytest.raises(OutOfMemory, match="for 2 sequences has no room on the device"):
+            llm.generate(prompts, FREE)
+        assert_all_returned(llm)
+    assert [result.tokens for result in llm.generate(prompts, FREE)] == healthy
 
 
 def test_prompts_are_checked_before_any_runs(dense: Path) -> None:

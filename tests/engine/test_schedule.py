@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from truekv import Refused, SamplingParams
 from truekv.core.batch import Sequence
+from truekv.engine.activations import Parts
 from truekv.engine.request import Request
 from truekv.engine.schedule import AGEING, PATIENCE, Schedule, Share
 
@@ -266,3 +268,55 @@ def test_a_suspect_runs_alone() -> None:
     assert [share.request.identity for share in engine.shares(memory)] == [2]
     requests[2].alone = 0
     assert len(engine.shares(memory)) == 3
+
+
+def left_to_merge(parts: Parts, shares: list[Share], memory: Pretended) -> int:
+    """What attention on a GPU would leave to be merged in a step of these shares."""
+    lines = [share.count + len(share.drafts) for share in shares]
+    ends = [share.request.held.position + share.lines for share in shares if share.request.held]
+    return parts.of(sum(lines), max(lines), memory.pages_for(max(ends)))
+
+
+@given(
+    prompts=st.lists(st.sampled_from([1, 3, 9, 40, 50, 200]), min_size=3, max_size=9),
+    group=st.sampled_from([1, 4, 16]),
+    drafts=st.sampled_from([0, 3]),
+)
+def test_no_step_leaves_more_to_be_merged_than_was_planned(prompts: list[int], group: int, drafts: int) -> None:
+    sequences, step_tokens, memory = 6, 256, Pretended(4000)
+    widest = memory.pages_for(9000 + 40)
+    parts = Parts(group, PAGE).planned(sequences, 1 + drafts, step_tokens, widest)
+    engine = Schedule(
+        pages=4000, page_tokens=PAGE, sequences=sequences, step_tokens=step_tokens, drafts=drafts, parts=parts
+    )
+    shares = engine.shares
+
+    def seen(given: Pretended) -> list[Share]:
+        for item in engine.running:
+            item.guess = [0] * drafts
+        found = shares(given)
+        assert left_to_merge(parts, found, memory) <= parts.most
+        return found
+
+    engine.shares = seen  # type: ignore[assignment, method-assign]
+    items = [request(index, tokens, 20) for index, tokens in enumerate([9000, *prompts])]
+    play(engine, items, memory)
+    assert all(len(item.generated) == 20 for item in items)
+
+
+def test_prompts_wait_for_one_another_beside_a_long_context_alone() -> None:
+    for depth, together in ((9000, 1), (200, 5)):
+        memory = Pretended(4000)
+        parts = Parts(1, PAGE).planned(6, 1, 256, memory.pages_for(9100))
+        engine = Schedule(pages=4000, page_tokens=PAGE, sequences=6, step_tokens=256, parts=parts)
+        long = request(0, depth + 1, 8)
+        engine.add(long)
+        admit(engine, memory)
+        long.held = Sequence(position=depth, pages=array("q", [0]) * memory.pages_for(depth))
+        memory.free -= memory.pages_for(depth)
+        for index in range(1, 6):
+            engine.add(request(index, 40, 4))
+        admit(engine, memory)
+        shares = engine.shares(memory)
+        assert [share.request.identity for share in shares] == list(range(together + 1))
+        assert left_to_merge(parts, shares, memory) <= parts.most

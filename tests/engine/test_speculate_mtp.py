@@ -192,7 +192,7 @@ def test_replayed_guesses_are_those_made_launch_by_launch(model: Model, kv: str)
         arena = arena_for(kv, check_finite=False)
 
         def replayed(run: Guess, arena: Arena = arena) -> Guess:
-            graphs.append(StepGraphs(run, arena, graphs[0].scratch if graphs else None))
+            graphs.append(StepGraphs(run, arena, graphs[0] if graphs else None))
             return graphs[-1]
 
         predictor = Predictor(model, arena, replayed if captured else None)

@@ -22,7 +22,7 @@ def test_a_step_that_waits_for_the_device_is_refused(tmp_path: Path) -> None:
     graphs = capture.StepGraphs(
         lambda step: twins.model.forward(step, twins.captured.layers) * float(step.position.max()),
         twins.captured,
-        twins.graphs.scratch,
+        twins.graphs,
     )
     with pytest.raises(Refused, match="cannot be captured as a CUDA graph"):
         graphs(twins.captured.reserve([Chunk(twins.held[0][1], [5])]))

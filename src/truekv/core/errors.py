@@ -38,5 +38,18 @@ class Corrupted(TrueKVError):
         )
 
 
+class OutOfMemory(TrueKVError):
+    """A step whose tensors have no room on the device beside the weights and the cache."""
+
+    @classmethod
+    def step(cls, tokens: int, sequences: int) -> "OutOfMemory":
+        """Say what the step was, and what makes it smaller."""
+        return cls(
+            f"a step of {tokens} token{'s' * (tokens > 1)} for {sequences} sequence{'s' * (sequences > 1)} has no room "
+            "on the device beside the weights and the cache; lower --max-num-batched-tokens or max_num_seqs, shorten "
+            "the context with --max-model-len, or give the cache less memory"
+        )
+
+
 class ConstraintFailed(TrueKVError):
     """An answer that its grammar does not let go on: a dead end, or a step beyond the limits of work."""

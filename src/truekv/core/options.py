@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from truekv.core.device import Device
 
 
+SEQUENCES: Final = {"cpu": 8, "cuda": 256}
+"""max_num_seqs by default. A CPU computes every token anew; a GPU reads its weights once for all, which pays up to
+some hundreds. There the default is halved until states and steps take a third of what weights leave free."""
+STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
+"""max_num_batched_tokens by default. A GPU multiplies some 300 tokens in the time in which it reads a weight, and more
+where each expert sees a few of them alone; 2,048 are a step of 0.2 s for 27 billion weights, for which others wait."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
     """How to guess ahead: vLLM's speculative_config. Wrong guesses cost time and change nothing else."""
@@ -50,10 +58,10 @@ class EngineOptions:
     """File of measured frames (`truekv calibrate`); default: truekv/kv_cache_frames.safetensors beside the weights."""
     max_model_len: int | None = None
     """Longest context in tokens; default: what the checkpoint allows."""
-    max_num_seqs: int = 8
-    """Sequences that may be in memory at once."""
-    max_num_batched_tokens: int = 512
-    """Most new tokens in one step: the prefill chunk."""
+    max_num_seqs: int | None = None
+    """Sequences that may be in memory at once; default: 8, on a CUDA device up to 256, as memory allows."""
+    max_num_batched_tokens: int | None = None
+    """Most new tokens in one step: the prefill chunk; default: 512, on a CUDA device 2048."""
     speculative_config: Speculation | None = None
     """How to guess ahead; None guesses nothing."""
     enable_prefix_caching: bool = True
@@ -64,7 +72,7 @@ class EngineOptions:
     """Replay recorded steps; auto where that is faster than running them."""
     memory: int | None = None
     """Bytes for rows and states; default: what max_num_seqs sequences of max_model_len need, on a CUDA device at most
-    what is free there."""
+    what weights and steps leave free there."""
     device: Device = "auto"
     """Where weights and memory lie and steps run: cuda where torch sees a CUDA device, else cpu."""
     kernel_backend: str = "auto"
@@ -84,7 +92,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         """Refuse values that no engine could run."""
         for name in ("max_num_seqs", "max_num_batched_tokens", "prefix_checkpoint_interval"):
-            _integer(name, getattr(self, name), 1, 1 << 20)
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1, 1 << 20)
         if self.device not in {"auto", "cuda", "cpu"}:
             raise Refused(f"device is {_shown(self.device)}, but must be auto, cuda or cpu")
         if self.capture not in {"auto", "on", "off"}:

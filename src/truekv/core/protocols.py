@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from truekv.core.config import Config
     from truekv.core.errors import Corrupted
     from truekv.core.lazy import torch
-    from truekv.core.spec import Field, ModelSpec, Recurrent
+    from truekv.core.spec import Field, Live, ModelSpec, Recurrent
     from truekv.core.weights import Weights
 
 
@@ -218,6 +218,11 @@ class Architecture(Protocol):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Regular expressions (full match) of tensors a checkpoint may hold and text inference does not use."""
+        ...
+
+    @property
+    def live(self) -> tuple[Live, ...]:
+        """What its layers' halves need for each token of a step, those of a head among `tensors` too."""
         ...
 
     def with_draft_head(self) -> Architecture:

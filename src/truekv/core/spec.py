@@ -69,6 +69,25 @@ LayerSpec = Paged | Recurrent | Stateless
 
 
 @dataclass(frozen=True, slots=True)
+class Live:
+    """Most numbers that one token has on a device at once while half a layer computes, beside its residuals.
+
+    An upper bound for kernels that fuse what comes after a product; the specification's in torch make more.
+    """
+
+    model: int
+    """In the compute dtype."""
+    single: int
+    """In float32."""
+    places: bool = False
+    """Whether accepted drafts that are replayed have them too."""
+    merged: int = 0
+    """Attention: in float32, for every span of keys that is summed apart."""
+    group: int = 1
+    """Attention: query heads that share a kv head."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """All that the rest of the house may know of a checkpoint."""
 

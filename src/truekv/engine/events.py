@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from truekv.core.errors import ConstraintFailed, Corrupted
+    from truekv.core.errors import ConstraintFailed, Corrupted, OutOfMemory
     from truekv.engine.sample import Logprob
 
 
@@ -46,7 +46,7 @@ class Failed:
     """The request ended without a complete answer; the others go on."""
 
     request: int
-    error: Corrupted | ConstraintFailed
+    error: Corrupted | ConstraintFailed | OutOfMemory
 
 
 Event = Stored | Sampled | Ended | Failed

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from truekv.core.batch import Chunk
-from truekv.core.errors import ConstraintFailed, Corrupted, Refused
+from truekv.core.errors import ConstraintFailed, Corrupted, OutOfMemory, Refused
+from truekv.core.lazy import torch
 from truekv.engine.answer import Answer
 from truekv.engine.constrain import Grammars
 from truekv.engine.events import Ended, Event, Failed
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from truekv.core.batch import Sequence as Held
-    from truekv.core.lazy import torch
     from truekv.core.options import SamplingParams
     from truekv.core.protocols import Observer
     from truekv.core.sampling import Draw
@@ -65,6 +66,7 @@ class Engine:
         self.observer = observer
         self.steps = self._computed = self._generated = 0
         self._memory = _Memory(runner.arena)
+        self._step_tokens = schedule.step_tokens
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
         self._grammars = Grammars(tokenizer, runner.model.spec.vocab_size, ends)
@@ -164,6 +166,8 @@ class Engine:
             ran = self.runner.run(chunks, wanted, read)
         except Corrupted as error:
             return self._suspect(shares, error)
+        except torch.OutOfMemoryError:
+            return self._crowded(shares)
         return self._finish(shares, answers, ran)
 
     def _admit(self) -> None:
@@ -193,7 +197,11 @@ class Engine:
             start += share.count + len(share.drafts)
         if self.drafting:
             # Before anything is real: the prediction head writes to lines that only this step holds.
-            self.drafting.follow(verified, ran.hidden)
+            try:
+                self.drafting.follow(verified, ran.hidden)
+            except torch.OutOfMemoryError:
+                # Without rows of the head nothing becomes real, as nobody could guess from it.
+                return events + self._out_of_memory(verified, start)
         for item in verified:
             self._advance(item)
         return events
@@ -252,7 +260,34 @@ class Engine:
             self.schedule.again(request)
         return []
 
-    def _fail(self, request: Request, error: Corrupted | ConstraintFailed) -> Failed:
+    def _crowded(self, shares: list[Share]) -> list[Event]:
+        """After a step without room on the device, start everyone in it again, in steps of half as many tokens.
+
+        Who was alone in it ends: nobody can make room for it.
+        """
+        tokens = sum(share.count + len(share.drafts) for share in shares)
+        error = OutOfMemory.step(tokens, len(shares))
+        if len(shares) == 1:
+            # What made the steps before it too large may have been this one's context.
+            self.schedule.step_tokens = self._step_tokens
+            return [self._fail(shares[0].request, error)]
+        self.schedule.step_tokens = max(1, tokens // 2)
+        logging.getLogger("truekv").warning("%s; from now on steps have %s tokens", error, self.schedule.step_tokens)
+        for share in shares:
+            # What it holds may be half of the step, but what is real of it is not.
+            self._memory.release(share.request)
+            self.schedule.again(share.request)
+        return []
+
+    def _out_of_memory(self, verified: list[Verified], tokens: int) -> list[Event]:
+        """End all requests of a step whose guesses had no room, but for those that have ended anyway."""
+        error = OutOfMemory.step(tokens, len(verified))
+        for item in verified:
+            if item.ended:
+                self._end(item.share.request)
+        return [self._fail(item.share.request, error) for item in verified if not item.ended]
+
+    def _fail(self, request: Request, error: Corrupted | ConstraintFailed | OutOfMemory) -> Failed:
         if self.observer and isinstance(error, Corrupted):
             self.observer.fault(request.identity, error)
         self._end(request, suspect=isinstance(error, Corrupted))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _FIELDS: Final = operator.attrgetter(*(field.name for field in fields(Step)))
 _KNOWN: Final = 256
 """Smaller steps of which it is known where their numbers go."""
-_NUMBERS: Final = 1 << 20
-"""Of all of them together: page tables of long sequences are large, and no plan counts this memory of a device."""
+_NUMBERS: Final = 1 << 17
+"""Of all of them together, but for the last: page tables of long sequences are large, and every size keeps its own."""
 
 
 class StepSize(NamedTuple):
@@ -57,6 +57,12 @@ class StepSize(NamedTuple):
             and self.longest >= step.longest
             and self.pages >= step.pages
         )
+
+
+def buffers(size: StepSize) -> int:
+    """Return the most bytes that a PaddedStep of this size keeps on its device."""
+    numbers = 6 * size.tokens + size.rows * (size.longest + size.pages + 5)
+    return 8 * (2 * numbers + min(_KNOWN * numbers, _NUMBERS + numbers))
 
 
 def nobody(size: StepSize, slot: int, page: int, device: torch.device) -> Step:

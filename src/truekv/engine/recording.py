@@ -40,6 +40,11 @@ class Replayable(Protocol):
         """Operations by which the host read a number or a size that depends on data: a replay will not."""
         ...
 
+    @property
+    def output(self) -> torch.Tensor:
+        """What `replay` returns."""
+        ...
+
     def replay(self) -> torch.Tensor:
         """Run it on what its buffers hold now; the tensor returned is overwritten by the next replay."""
         ...
@@ -97,7 +102,7 @@ class Recording:
         witness = _Witness(pool)
         # Inference mode would show `if tensor:` as one operation of many names; without it, all reads look alike.
         with torch.inference_mode(mode=False), torch.no_grad(), recording():
-            self._output = witness.run(function)
+            self.output = witness.run(function)
         self._launches = _joined(witness.launches)
         self.host_reads = tuple(witness.host_reads)
 
@@ -105,7 +110,7 @@ class Recording:
         """See Replayable."""
         for launch in self._launches:
             launch()
-        return self._output
+        return self.output
 
 
 class CudaRecording:
@@ -138,10 +143,13 @@ class CudaRecording:
                 # Other threads may go on using the device: what they do is no part of this stream. It is that of the
                 # first run, for which the libraries have their workspaces.
                 with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-                    self._output = function()
+                    self.output = function()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                # A capture that had no room may end with an error of its own.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
                 reason = next(iter(str(error).splitlines()), "no reason given")
                 raise Refused(
                     f"a step of this model cannot be captured as a CUDA graph ({reason[:200]}); turn capture off, or "
@@ -151,7 +159,7 @@ class CudaRecording:
     def replay(self) -> torch.Tensor:
         """See Replayable."""
         self._graph.replay()
-        return self._output
+        return self.output
 
 
 def _stream_kept() -> Any:  # noqa: ANN401 (torch's own, untyped)

@@ -9,6 +9,7 @@ from truekv.core.errors import Refused
 
 if TYPE_CHECKING:
     from truekv.core.batch import Sequence
+    from truekv.engine.activations import Parts
     from truekv.engine.request import Request
 
 AGEING: Final = 256
@@ -73,16 +74,30 @@ class Schedule:
     that advances.
     """
 
-    def __init__(self, *, pages: int, page_tokens: int, sequences: int, step_tokens: int, draft_room: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        pages: int,
+        page_tokens: int,
+        sequences: int,
+        step_tokens: int,
+        draft_room: int = 0,
+        drafts: int = 0,
+        parts: Parts | None = None,
+    ) -> None:
         """`pages` of `page_tokens` lines, at most `sequences` in memory, at most `step_tokens` in a step.
 
-        `draft_room`: lines that the prediction head writes beyond a step that samples.
+        `draft_room`: lines that the prediction head writes beyond a step that samples. `drafts`: most of a request in
+        a step. `parts`: what a GPU's attention may leave to be merged; a step of more prompts than have room waits with
+        all but the first.
         """
         self.pages = pages
         self.page_tokens = page_tokens
         self.sequences = sequences
         self.step_tokens = step_tokens
         self.draft_room = draft_room
+        self.drafts = drafts
+        self.parts = parts
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
@@ -145,6 +160,8 @@ class Schedule:
             one = pending == 1
             answering -= one
             share = self._wish(request, pending, budget, budget - 1 - answering if one else 0, memory)
+            if not one and self._crowds(share, [*shares.values()], answering, memory):
+                continue
             while (missing := self._missing(share, memory)) and missing > (room := memory.available_pages - promised):
                 if self._shrink(share, room, memory):
                     continue
@@ -200,6 +217,19 @@ class Schedule:
             most = min(drafts, request.remaining - 1, memory.draft_limit(held))
             guess = request.guess[: max(0, most)]
         return Share(request, count, samples, guess, self.draft_room if samples else 0)
+
+    def _crowds(self, share: Share, taken: list[Share], answering: int, memory: Memory) -> bool:
+        """Whether a prompt's share beside those that are taken would leave more to be merged than there is room for."""
+        if self.parts is None or all(item.request.pending == 1 for item in taken):
+            return False
+        shares, each = [*taken, share], 1 + self.drafts
+        lines = [item.count + len(item.drafts) for item in shares]
+        ends = [item.request.held.position + item.lines for item in shares if item.request.held]
+        ends += [
+            item.held.position + each + self.draft_room for item in self.running if item.held and item.pending == 1
+        ]
+        tokens = sum(lines) + answering * each
+        return self.parts.of(tokens, max(lines), memory.pages_for(max(ends))) > self.parts.most
 
     def _missing(self, share: Share, memory: Memory) -> int:
         held = share.request.held

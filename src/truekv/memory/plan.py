@@ -63,6 +63,8 @@ class MemoryPlan:
     """The context limit that was asked for, or the model's, in tokens."""
     checkpoints: int = 0
     """Saved states of the prefix cache, each without a log."""
+    step_bytes: int = 0
+    """Of the device, kept for what steps compute: rows and states leave them free."""
 
     @property
     def page_bytes(self) -> int:
@@ -117,6 +119,7 @@ def plan(
     checkpoints: int | None = 0,
     scratch: int = 0,
     reserved: int = 0,
+    steps: int = 0,
 ) -> MemoryPlan:
     """Divide memory among layers, without allocating any.
 
@@ -126,21 +129,20 @@ def plan(
     `max_model_len` tokens need. `drafts` is the capacity of the log. `checkpoints` saves so
     many recurrent states for the prefix cache; None takes two per sequence and eight more, of a given
     `memory` at most one eighth unless that is less than one per sequence, and never what a sequence
-    needs to run. `scratch` sequences of one page each come on top. Raises DoesNotFit when one
-    sequence of `max_model_len` tokens, or one page per sequence, has no room; its sentence then asks
-    for memory on top of the `reserved` bytes (weights) of the device.
+    needs to run. `scratch` sequences of one page each come on top. Raises DoesNotFit when one sequence of
+    `max_model_len` tokens, or one page per sequence, has no room; its sentence then asks for memory on top of the
+    `reserved` bytes (weights) of the device and of those kept for `steps`.
     """
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
-        raise Refused(
-            f"max_model_len is {max_model_len}, but this checkpoint has positions for 1 to {spec.max_positions} tokens"
-        )
+        limit = f"this checkpoint has positions for 1 to {spec.max_positions} tokens"
+        raise Refused(f"max_model_len is {max_model_len}, but {limit}")
     if max_num_seqs < 1 or min(drafts, checkpoints or 0) < 0:
-        found = f"{max_num_seqs}, {drafts} and {checkpoints}"
-        raise Refused(f"a plan needs at least 1 sequence, 0 drafts and 0 checkpoints, not {found}")
+        counts = f"{max_num_seqs}, {drafts} and {checkpoints}"
+        raise Refused(f"a plan needs at least 1 sequence, 0 drafts and 0 checkpoints, not {counts}")
     longest = max_model_len or spec.max_positions
     layers = _layer_plans(spec.layers, formats, dtype, drafts)
     draft_layers = _layer_plans(spec.draft_layers, draft_formats, dtype, drafts) if draft_formats is not None else ()
-    draft = MemoryPlan(layers, draft_layers, PAGE_TOKENS, 0, max_num_seqs, drafts, dtype, longest)
+    draft = MemoryPlan(layers, draft_layers, PAGE_TOKENS, 0, max_num_seqs, drafts, dtype, longest, step_bytes=steps)
     aside = scratch * (draft.page_bytes + draft.state_bytes_per_sequence)
     room = None if memory is None else memory - aside
     saved = _checkpoints(draft, room, max_model_len or 1) if checkpoints is None else checkpoints
@@ -151,8 +153,8 @@ def plan(
         pages = (room - max_num_seqs * draft.state_bytes_per_sequence - kept) // draft.page_bytes
     result = replace(draft, pages=pages, checkpoints=saved)
     if room is not None:
-        aside += kept
-        _check_fits(result, room - kept, max_model_len or 1, spec, draft_formats is not None, reserved + aside)
+        used = reserved + steps + aside + kept
+        _check_fits(result, room - kept, max_model_len or 1, spec, draft_formats is not None, used)
     return replace(result, pages=pages + scratch, slots=max_num_seqs + scratch)
 
 
@@ -242,7 +244,8 @@ def _check_fits(result: MemoryPlan, memory: int, tokens: int, spec: ModelSpec, d
     remedies.append(f"give {enough(need + reserved)} of memory")
     raise DoesNotFit(
         f"{slots} sequence{'s' * (slots > 1)} with {readable(state)} of state each and one context of {tokens} tokens "
-        f"need {readable(need)}, but {readable(max(0, memory))} is left for rows and states: {', or '.join(remedies)}"
+        f"need {readable(need)}, but {readable(max(0, memory))} is left for rows and states"
+        f"{f' beside {readable(result.step_bytes)} for steps' * bool(result.step_bytes)}: {', or '.join(remedies)}"
     )
 
 

@@ -22,6 +22,11 @@ def linear_shapes(name: str, out: int, into: int, *, bias: bool = False) -> Shap
     return shapes | {f"{name}.bias": (out,)} if bias else shapes
 
 
+def tile_columns(dim: int) -> int:
+    """Most numbers that a kernel takes for a row of `dim`: a power of two."""
+    return max(32, 1 << (dim - 1).bit_length())
+
+
 class RMSNorm:
     """x / rms(x) * w over the last dimension; zero-centred checkpoints store w - 1."""
 

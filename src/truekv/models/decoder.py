@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
     from truekv.core.lazy import torch
     from truekv.core.protocols import DraftHead, LayerMemory
-    from truekv.core.spec import LayerSpec
+    from truekv.core.spec import LayerSpec, Live
     from truekv.core.weights import Weights
     from truekv.models.draft import DraftShape
     from truekv.models.ffn import FeedForward, MlpShape
@@ -47,6 +47,11 @@ class MixerShape(Protocol):
 
     def tensors(self, prefix: str) -> Shapes:
         """Tensor names under `prefix` (which ends with a dot) and their shapes."""
+        ...
+
+    @property
+    def live(self) -> Live:
+        """What it needs for each token of a step."""
         ...
 
     def build(self, weights: Weights, prefix: str) -> Mixer:
@@ -141,6 +146,11 @@ class LayerShape:
             **(self.ffn.tensors(ffn_prefix) if ffn is None else ffn),
         }
 
+    @property
+    def live(self) -> tuple[Live, Live]:
+        """What its halves need for each token of a step."""
+        return self.mixer.live, self.ffn.live
+
     def build(self, weights: Weights, prefix: str, eps: float, *, zero_centred: bool) -> Layer:
         """Compose the layer from its tensors."""
         mixer = self.mixer.build(weights, f"{prefix}{self.mixer_name}.")
@@ -207,6 +217,12 @@ class DecoderShape:
             return tuple(trunks)
         heads = [self.draft.tensors(self.spec.hidden_size, fused=fused) for fused in _ways(self.draft.layer)]
         return tuple(trunk | head for trunk, head in itertools.product(trunks, heads))
+
+    @property
+    def live(self) -> tuple[Live, ...]:
+        """See core.protocols.Architecture."""
+        head = (self.draft.layer,) if self.draft is not None and self.drafted else ()
+        return tuple(half for layer in (*self.layers, *head) for half in layer.live)
 
     def with_draft_head(self) -> DecoderShape:
         """Return the same with its head's tensors; see core.protocols.Architecture."""

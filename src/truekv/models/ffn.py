@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from truekv.core.ops import Expert, Part
+from truekv.core.spec import Live
 from truekv.models.blocks import Shapes, linear_shapes
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class MlpShape:
         for name in self.first:
             shapes |= linear_shapes(f"{prefix}{name}", self.inner, self.hidden, bias=self.bias)
         return shapes
+
+    @property
+    def live(self) -> Live:
+        """What the maps into the inner space give, side by side, and the activation's."""
+        return Live((len(self.first) + 1) * self.inner, 0)
 
     def build(self, weights: Weights, prefix: str) -> MLP:
         """Compose the MLP from its tensors."""
@@ -170,6 +176,16 @@ class MoeShape:
             shapes |= linear_shapes(f"{prefix}fc1_latent_proj", self.latent, self.hidden)
             shapes |= linear_shapes(f"{prefix}fc2_latent_proj", self.hidden, self.latent)
         return shapes
+
+    @property
+    def live(self) -> Live:
+        """The router's scores, then one inner row for each expert of a token; the shared expert comes after both."""
+        count, each, width = self.routing.experts, self.routing.per_token, self.latent or self.hidden
+        # Choices are 64-bit indices: sorted, with the sort's own memory, and cut into tiles.
+        scores, choice = 6 * count + self.hidden, 40 * each
+        routed = each * self.expert.live.model + 2 * width
+        shared = self.shared.live.model + 2 * self.hidden
+        return Live(max(routed, shared) + self.hidden + width, scores + choice + 2 * each * width + width)
 
     def build(self, weights: Weights, prefix: str) -> MoE:
         """Compose the mixture from its tensors, in the layout they have."""

@@ -14,7 +14,7 @@ from truekv.models.draft import no_draft_head
 from truekv.models.rotary import Rotary
 
 if TYPE_CHECKING:
-    from truekv.core.spec import ModelSpec
+    from truekv.core.spec import Live, ModelSpec
     from truekv.core.weights import Weights
     from truekv.models.decoder import MixerShape
     from truekv.models.ffn import FeedForward
@@ -26,6 +26,11 @@ class FeedForwardShape(Protocol):
 
     def tensors(self, prefix: str) -> Shapes:
         """Tensor names under `prefix` and their shapes."""
+        ...
+
+    @property
+    def live(self) -> Live:
+        """What it needs for each token of a step."""
         ...
 
     def build(self, weights: Weights, prefix: str) -> FeedForward:
@@ -114,6 +119,12 @@ class HybridShape:
         for index, layer in enumerate(self.layers):
             shapes |= layer.tensors(f"{self.prefix}layers.{index}.", hidden)
         return shapes
+
+    @property
+    def live(self) -> tuple[Live, ...]:
+        """See core.protocols.Architecture."""
+        halves = (half for layer in self.layers for half in (layer.mixer, layer.ffn) if half is not None)
+        return tuple(half.shape.live for half in halves)
 
     def with_draft_head(self) -> HybridShape:
         """Refuse: no head of these families is implemented."""

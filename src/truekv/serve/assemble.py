@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,14 +13,18 @@ from truekv.core.device import choose_device
 from truekv.core.errors import Refused
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
+from truekv.core.options import SEQUENCES, STEP_TOKENS
 from truekv.core.resident import release
 from truekv.kernels.table import CUDA, NATIVE, TRITON
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from truekv.core.batch import Step
     from truekv.core.options import EngineOptions
-    from truekv.core.protocols import CacheFormat
+    from truekv.core.protocols import CacheFormat, Model
     from truekv.core.spec import ModelSpec
+    from truekv.engine.activations import Parts
     from truekv.engine.capture import StepGraphs
     from truekv.engine.generate import Engine
     from truekv.engine.run import Runner
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from truekv.engine.tokens import Tokenizer
     from truekv.formats.frame import Frame
     from truekv.kernels.table import Kernels
+    from truekv.memory.arena import Arena
     from truekv.memory.plan import MemoryPlan
     from truekv.models.weights import Checkpoint
     from truekv.serve.messages import ChatTemplate
@@ -38,7 +43,9 @@ EMBEDDED: Final = ("tiny-hybrid", "tiny-mla", "tiny-dense")
 # In a folder of its own: other engines load every safetensors file that lies beside config.json.
 FRAMES_FILE: Final = "truekv/kv_cache_frames.safetensors"
 DEVICE_SHARE: Final = 0.9
-"""Of a CUDA device's free memory, for weights, rows and states; the rest is for what a step computes."""
+"""Of a CUDA device's free memory, for weights, steps, rows and states.
+
+The rest is for the code of kernels, the libraries' workspaces, and what torch's allocator rounds and cannot join."""
 
 Measured = Mapping[tuple[int, str], "Frame"]
 Formats = tuple["tuple[CacheFormat, ...] | None", ...]
@@ -58,6 +65,12 @@ class Blueprint:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     device: torch.device
+    sequences: int
+    """At once in memory."""
+    step_tokens: int
+    """Most of a step."""
+    parts: Parts | None
+    """What attention on a GPU may leave to be merged, which the plan has room for."""
 
 
 def locate(model: str) -> str:
@@ -95,31 +108,63 @@ def design(model: str, options: EngineOptions) -> Blueprint:
         formats,
         draft_formats=draft_formats,
         max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
         drafts=options.drafts,
         dtype=dtype,
         checkpoints=None if options.enable_prefix_caching else 0,
         # A captured step's padding is a sequence of its own.
         scratch=int(captures(options, kernels, device)),
     )
-    planned = divided(memory=options.memory)
-    if options.memory is None and device.type == "cuda":
-        weights = checkpoint.bytes_in(dtype)
-        room = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) - weights
-        if planned.total_bytes > room:
-            planned = divided(memory=max(0, room), reserved=weights)
+    step_tokens = options.max_num_batched_tokens or STEP_TOKENS[device.type]
+    sequences, planned, parts = _divide(checkpoint, options, dtype, divided, step_tokens, device)
+    options = replace(options, max_num_seqs=sequences, max_num_batched_tokens=step_tokens)
     _fits_guesses(options, planned)
     measured = _measured(checkpoint, options.kv_cache_frames, model)
     _permit(spec, formats, draft_formats or (), measured, model)
     tokenizer = Tokenizer.open(checkpoint.directory)
     template = ChatTemplate.open(checkpoint.directory)
     checkpoint.check()
-    return Blueprint(checkpoint, options, dtype, formats, measured, kernels, planned, tokenizer, template, device)
+    return Blueprint(
+        *(checkpoint, options, dtype, formats, measured, kernels, planned, tokenizer, template, device),
+        *(sequences, step_tokens, parts),
+    )
+
+
+def _divide(
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    dtype: str,
+    divided: Callable[..., MemoryPlan],
+    step_tokens: int,
+    device: torch.device,
+) -> tuple[int, MemoryPlan, Parts | None]:
+    """Choose how many sequences, where that is not asked for, and divide the memory; `divided` is the plan of either.
+
+    Of a GPU rows and states get what weights and steps leave. What is asked for as memory is for them alone.
+    """
+    from truekv.engine.activations import activations
+
+    sequences = options.max_num_seqs or SEQUENCES[device.type]
+    if device.type != "cuda":
+        return sequences, divided(memory=options.memory, max_num_seqs=sequences), None
+    weights = checkpoint.bytes_in(dtype)
+    free = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) - weights
+    while True:
+        planned = divided(max_num_seqs=sequences)
+        # A plan with a scratch is one that is captured.
+        steps = activations(checkpoint.architecture, planned, step_tokens, captured=planned.slots > sequences)
+        taken = steps.nbytes if options.memory is None else 0
+        room = (free if options.memory is None else options.memory) - taken
+        states = planned.slots * planned.state_bytes_per_sequence
+        if options.max_num_seqs or sequences == 1 or 3 * (states + taken) <= room + taken:
+            break
+        sequences //= 2
+    divided = functools.partial(divided, max_num_seqs=sequences, steps=steps.nbytes)
+    fits = options.memory is None and planned.total_bytes <= room
+    return sequences, divided() if fits else divided(memory=max(0, room), reserved=weights), steps.parts
 
 
 def build(blueprint: Blueprint) -> Engine:
     """Load the weights, allocate the memory that was planned, and start the engine."""
-    from truekv.engine.capture import StepGraphs
     from truekv.engine.generate import Engine
     from truekv.engine.run import Runner
     from truekv.engine.schedule import Schedule
@@ -141,20 +186,18 @@ def build(blueprint: Blueprint) -> Engine:
         prefix_interval=options.prefix_checkpoint_interval if options.enable_prefix_caching else None,
         device=blueprint.device,
     )
-
     # Captured steps come first: what their padding holds is nobody's any more.
-    def forward(step: Step) -> torch.Tensor:
-        return model.forward(step, arena.layers)
-
-    graphs = StepGraphs(forward, arena) if captured else None
+    graphs = _captured(model, arena) if captured else None
     runner = Runner(model, arena, graphs)
     drafter = _drafter(blueprint, runner, graphs)
     schedule = Schedule(
         pages=arena.available_pages,
         page_tokens=plan.page_tokens,
-        sequences=options.max_num_seqs,
-        step_tokens=options.max_num_batched_tokens,
+        sequences=blueprint.sequences,
+        step_tokens=blueprint.step_tokens,
         draft_room=drafter.room if drafter else 0,
+        drafts=plan.drafts,
+        parts=blueprint.parts,
     )
     engine = Engine(
         runner,
@@ -177,6 +220,33 @@ def captures(options: EngineOptions, kernels: Kernels, device: torch.device) -> 
     return options.capture == "on" or (options.capture == "auto" and kernels.backend in fast)
 
 
+def warms(device: torch.device) -> bool:
+    """Whether steps are recorded before they are needed: on a GPU a new size compiles kernels and is run twice.
+
+    On a CPU a recording costs little more than the step that it is made of.
+    """
+    return device.type == "cuda"
+
+
+def _captured(model: Model, arena: Arena) -> StepGraphs:
+    from truekv.engine.capture import WARMED_PAGES, StepGraphs
+
+    def forward(step: Step) -> torch.Tensor:
+        return model.forward(step, arena.layers)
+
+    graphs = StepGraphs(forward, arena)
+    if warms(arena.device):
+        _warm("capturing steps", functools.partial(graphs.warm, WARMED_PAGES))
+    return graphs
+
+
+def _warm(title: str, record: Callable[..., None]) -> None:
+    from truekv.serve.progress import Bar
+
+    with Bar(title) as bar:
+        record(progress=bar.update)
+
+
 def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) -> Drafter | None:
     from truekv.engine.capture import StepGraphs
     from truekv.engine.speculate.adapt import draft_cost
@@ -190,10 +260,13 @@ def _drafter(blueprint: Blueprint, runner: Runner, graphs: StepGraphs | None) ->
     if speculation.method == "mtp":
 
         def replayed(run: Guess) -> Guess:
-            return StepGraphs(run, arena, graphs.scratch) if graphs else run
+            return StepGraphs(run, arena, graphs) if graphs else run
 
+        dtype = getattr(torch, blueprint.dtype)
         predictor = Predictor(model, arena, replayed)
-        rehearse = functools.partial(predictor.rehearse, dtype=getattr(torch, blueprint.dtype))
+        rehearse = functools.partial(predictor.rehearse, dtype=dtype)
+        if graphs and warms(arena.device):
+            _warm("capturing guesses", functools.partial(predictor.warm, speculation.num_speculative_tokens, dtype))
 
     def run(step: Step) -> torch.Tensor:
         with torch.inference_mode():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from truekv.core.lazy import torch
 from truekv.kernels.native import library as native
+from truekv.memory.plan import readable
 
 if TYPE_CHECKING:
     from truekv.core.options import EngineOptions
@@ -62,6 +63,8 @@ class Report:
     library: LibraryReport
     model: str | None
     kernels: tuple[KernelRow, ...]
+    step_bytes: int = 0
+    """Of a GPU, kept for steps of the model."""
 
 
 def run(model: str | None, options: EngineOptions, *, as_json: bool) -> int:
@@ -79,11 +82,14 @@ def examine(model: str | None, options: EngineOptions) -> Report:
     machine = Machine(platform.machine(), len(os.sched_getaffinity(0)), torch.get_num_threads(), str(torch.__version__))
     library = _library()
     rows: tuple[KernelRow, ...] = ()
+    steps = 0
     if model is not None:
         from truekv.serve.assemble import design
 
-        rows = tuple(_row(*described, library.chosen) for described in design(model, options).kernels.describe())
-    return Report(machine, library, model, rows)
+        blueprint = design(model, options)
+        steps = blueprint.plan.step_bytes
+        rows = tuple(_row(*described, library.chosen) for described in blueprint.kernels.describe())
+    return Report(machine, library, model, rows, steps)
 
 
 def _library() -> LibraryReport:
@@ -130,6 +136,8 @@ def _show(report: Report) -> None:
         )
         if library.refused is not None:
             console.print(f"         not {library.instruction_sets[-1]}, because {library.refused}", soft_wrap=True)
+    if report.step_bytes:
+        console.print(f"steps    {readable(report.step_bytes)} of the GPU are kept for what they compute")
     if not report.kernels:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -222,11 +222,17 @@ class EngineFlags:
         bool, typer.Option(help="Keep rows and states for prompts that begin alike.", rich_help_panel="Engine")
     ] = True
     prefix_checkpoint_interval: Annotated[
-        int, typer.Option(help="Tokens between a prompt's saved recurrent states.", rich_help_panel="Engine")
+        int,
+        typer.Option(
+            help="Tokens between a prompt's saved recurrent states, where its chunks end.", rich_help_panel="Engine"
+        ),
     ] = 512
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Most tokens of a step: the prefill chunk.", rich_help_panel="Engine")
-    ] = 512
+        int | None,
+        typer.Option(
+            help="Most tokens of a step: the prefill chunk; default: 512, on a GPU 2048.", rich_help_panel="Engine"
+        ),
+    ] = None
     speculative_config: Annotated[
         str,
         typer.Option(

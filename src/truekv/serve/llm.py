@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
-from truekv.core.errors import Refused, TrueKVError
+from truekv.core.errors import OutOfMemory, Refused, TrueKVError
 from truekv.core.folder import choose
 from truekv.core.lazy import torch
 from truekv.core.options import EngineOptions, SamplingParams
@@ -31,8 +31,8 @@ class EngineKeywords(TypedDict, total=False):
     kv_cache_map: str
     kv_cache_frames: str | None
     max_model_len: int | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
     speculative_config: Speculation | Mapping[str, Any] | str | None
     enable_prefix_caching: bool
     prefix_checkpoint_interval: int
@@ -149,7 +149,7 @@ class LLM:
 
     @property
     def options(self) -> EngineOptions:
-        """How the engine runs."""
+        """How the engine runs, with the device's defaults where nothing was asked for."""
         return self._blueprint.options
 
     @property
@@ -170,8 +170,8 @@ class LLM:
 
         `priority`: one number per prompt, of which lower ones go first. `cache_salt`: only prompts of
         the same salt share what the prefix cache holds. All prompts are checked before any is run. If one
-        fails (Corrupted: its numbers became non-finite; ConstraintFailed) the others are still finished,
-        then its error is raised.
+        fails (Corrupted: its numbers became non-finite; ConstraintFailed; OutOfMemory: a step had no room on the
+        device) the others are still finished, then its error is raised.
         """
         listed = _as_list(prompts)
         one = params if isinstance(params, SamplingParams) else SamplingParams()
@@ -246,7 +246,7 @@ class LLM:
 
         `chunk`: tokens per step, or the sizes of the chunks one after the other; the last one repeats.
         """
-        chunk = self.options.max_num_batched_tokens if chunk is None else chunk
+        chunk = self._blueprint.step_tokens if chunk is None else chunk
         sizes = [chunk] if isinstance(chunk, int) else chunk
         if not sizes or min(sizes) < 1:
             raise Refused(f"chunk is {chunk!r}, but a step takes at least one token")
@@ -256,6 +256,8 @@ class LLM:
         try:
             steps = self._engine.runner.teacher_force(held, token_ids, _repeat_last(sizes))
             return torch.cat(list(steps))
+        except torch.OutOfMemoryError:
+            raise OutOfMemory.step(min(len(token_ids), max(sizes)), 1) from None
         finally:
             arena.close(held)
 

@@ -11,8 +11,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from truekv.core.errors import DoesNotFit, Refused
-from truekv.core.options import EngineOptions, Speculation
+from truekv.core.options import SEQUENCES, STEP_TOKENS, EngineOptions, Speculation
 from truekv.core.spec import Recurrent
+from truekv.engine.activations import activations
 from truekv.formats.choice import choose_formats
 from truekv.memory.plan import enough, plan, readable
 from truekv.models.headers import read_header
@@ -131,7 +132,7 @@ class Request:
             formats,
             memory=memory,
             max_model_len=self.options.max_model_len,
-            max_num_seqs=self.options.max_num_seqs,
+            max_num_seqs=self.options.max_num_seqs or SEQUENCES["cpu"],
             drafts=self.options.drafts,
             dtype=self.checkpoint.compute_dtype(self.options.dtype),
             reserved=self.weight_bytes,
@@ -185,6 +186,13 @@ class Outcome:
             words += ["--dtype", options.dtype]
         return shlex.join([*words, "--max-model-len", str(self.plan.max_context_one_sequence)])
 
+    @property
+    def gpu_step_bytes(self) -> int:
+        """What a GPU keeps for steps, of as many tokens as there by default, beside this plan."""
+        # The padding of captured steps is a sequence of its own.
+        captured = replace(self.plan, slots=self.plan.slots + 1)
+        return activations(self.request.checkpoint.architecture, captured, STEP_TOKENS["cuda"], captured=True).nbytes
+
     def alternatives(self) -> list[dict[str, object]]:
         """List what other formats would cost, and hold in the same memory, leaving out those that do not fit."""
         found: list[dict[str, object]] = []
@@ -210,6 +218,7 @@ class Outcome:
             "memory": request.memory,
             "parameters": request.checkpoint.parameters,
             "weight_bytes": request.weight_bytes,
+            "gpu_step_bytes": self.gpu_step_bytes,
             "alternatives": self.alternatives(),
             "before_running": self.first,
             "command": self.command,
@@ -232,6 +241,7 @@ def describe(planned: MemoryPlan) -> dict[str, object]:
         "max_context_one_sequence": planned.max_context_one_sequence,
         "bytes_for_prompt_of_10_tokens": planned.bytes_for_prompt(10),
         "cache_bytes": planned.total_bytes,
+        "step_bytes": planned.step_bytes,
     }
 
 
@@ -272,7 +282,9 @@ def _show(outcome: Outcome) -> None:
         ("longest context", f"{planned.max_context_one_sequence:,} tokens"),
     ):
         totals.add_row(name, value)
-    totals.add_row("not counted", "activations of a step, and the runtime itself")
+    steps = f"{readable(outcome.gpu_step_bytes)} on a GPU, for up to {STEP_TOKENS['cuda']:,} tokens each"
+    totals.add_row("not counted: steps", steps)
+    totals.add_row("nor", "the runtime itself")
     console.print(totals)
     others = Table("format", "bytes/token", "tokens in all", title="in the same memory", title_justify="left")
     for entry in outcome.alternatives():

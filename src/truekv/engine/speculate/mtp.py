@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from truekv.core.errors import Corrupted, Refused
 from truekv.core.lazy import torch
+from truekv.engine.capture import WARMED_PAGES, StepGraphs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,11 +102,25 @@ class Predictor:
 
     def rehearse(self, step: Step, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Make drafts after every token of a step, from states of zeros."""
-        total, device = len(step.tokens), self.arena.device
-        state_TC = torch.zeros(total, self._size, dtype=dtype, device=device)
-        table_TN = torch.zeros(total, 1 + _COLUMNS * max(0, count - 1), dtype=torch.int64, device=device)
         with torch.inference_mode():
-            return self._guess_of(count)(step, state_TC, table_TN)
+            return self._guess_of(count)(step, *self._zeros(len(step.tokens), count, dtype))
+
+    def warm(self, count: int, dtype: torch.dtype, progress: Callable[[int, int], None]) -> None:
+        """Record what makes `count` drafts, if it is recorded, for steps of every size; see StepGraphs.warm.
+
+        Fewer drafts launch no other kernels, so what they record later takes little time.
+        """
+        guess = self._guess_of(count)
+        if isinstance(guess, StepGraphs):
+            guess.warm(WARMED_PAGES, *self._zeros(0, count, dtype), progress=progress)
+
+    def _zeros(self, total: int, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the states and the table of so many tokens, from which `count` drafts are made."""
+        columns, device = 1 + _COLUMNS * max(0, count - 1), self.arena.device
+        return (
+            torch.zeros(total, self._size, dtype=dtype, device=device),
+            torch.zeros(total, columns, dtype=torch.int64, device=device),
+        )
 
     def _guess_of(self, count: int) -> Guess:
         """Return the function that makes up to `count` drafts for every row of a step."""

@@ -130,20 +130,20 @@ def _joined(
     span_keys,
     first,
     end,
+    each,
     WINDOWED: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    EACH: tl.constexpr,
     STAGES: tl.constexpr,  # spans under way at once
 ):
-    """Join every EACH-th span of some, in their order. Read is what was written: where a row sees a key."""
+    """Join spans in their order, of which `each` lie joined in one. Read is what was written, where a row sees keys."""
     column_C = tl.arange(0, COLUMNS)
     mean_RC = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
     total_R = tl.zeros([BLOCK_R], tl.float32)
     # Each span waits for the last one's sums, but not for its bytes: with few rows there is little else to wait behind.
-    for span in tl.range(first, end, EACH, num_stages=STAGES):
-        read_R = _sees(asked_R, position_R, span * span_keys, EACH * span_keys, window, WINDOWED)
+    for span in tl.range(first, end, each, num_stages=STAGES):
+        read_R = _sees(asked_R, position_R, span * span_keys, each * span_keys, window, WINDOWED)
         at_R = tl.cast(span, tl.int64) * rows + row_R
         top_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
         raised_R = tl.maximum(largest_R, top_R)
@@ -185,7 +185,7 @@ def join_kernel(
         return
     mean_RC, largest_R, total_R = _joined(
         *(average, largest, total, row_R, asked_R, position_R, rows, window, span_keys),
-        *(first, tl.minimum(first + JOINED, spans), WINDOWED, COLUMNS, BLOCK_R, 1, STAGES),
+        *(first, tl.minimum(first + JOINED, spans), 1, WINDOWED, COLUMNS, BLOCK_R, STAGES),
     )
     # Every thread has read the first span.
     tl.debug_barrier()
@@ -197,7 +197,7 @@ def join_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "window", "span_keys"],
+    do_not_specialize=["rows", "window", "span_keys", "each"],
     do_not_specialize_on_alignment=["owner", "offset", "position", "count"],
 )
 def merge_kernel(
@@ -215,6 +215,7 @@ def merge_kernel(
     rows,
     window,
     span_keys,
+    each,  # spans that are joined already
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -222,7 +223,6 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDTH: tl.constexpr,
-    EACH: tl.constexpr,  # spans that are joined already
     STAGES: tl.constexpr,
 ):
     """Merge the spans of each query row in their order, and take the average out of its frame; grid: (tiles of rows,).
@@ -235,7 +235,7 @@ def merge_kernel(
     spans = tl.max(tl.where(asked_R, position_R // span_keys + 1, 0), 0)
     mean_RC, _, total_R = _joined(
         *(average, largest, total, row_R, asked_R, position_R, rows, window, span_keys),
-        *(0, spans, WINDOWED, COLUMNS, BLOCK_R, EACH, STAGES),
+        *(0, spans, each, WINDOWED, COLUMNS, BLOCK_R, STAGES),
     )
     mean_RC = mean_RC / tl.where(total_R == 0, 1.0, total_R)[:, None]
 

@@ -220,6 +220,7 @@ def merge(
             tokens * query_heads,
             window or 0,
             span,
+            JOINED if spans > JOINED else 1,
             ROW=row,
             HEADS=value.field.heads,
             GROUP=query_heads // value.field.heads,
@@ -227,7 +228,6 @@ def merge(
             BLOCK_R=16,
             BLOCK_D=_part(16, triton.next_power_of_2(row.dim)),
             WIDTH=_part(128, row.columns),
-            EACH=JOINED if spans > JOINED else 1,
             STAGES=stages,
             num_warps=8,
         )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from truekv.core.errors import Refused
 from truekv.core.ops import Routing
-from truekv.core.spec import ModelSpec
-from truekv.models.ffn import MLP, FeedForward, MoE, Router, fused_experts
+from truekv.core.spec import Live, ModelSpec
+from truekv.models.ffn import MLP, FeedForward, MlpShape, MoE, MoeShape, Router, fused_experts
 from truekv.models.hybrid import FeedForwardHalf, HybridLayer, HybridShape, MixerHalf
 from truekv.models.mixers.gqa import GqaShape
 from truekv.models.mixers.mamba2 import Mamba2Shape, checked, read_time_limits
@@ -47,6 +47,15 @@ class GraniteFeedForward:
             f"{mixture}input_linear.weight": (experts, 2 * self.inner, self.hidden),
             f"{mixture}output_linear.weight": (experts, self.hidden, self.inner),
         }
+
+    @property
+    def live(self) -> Live:
+        """What it needs for each token of a step."""
+        shared = MlpShape(self.hidden, self.shared_inner)
+        if self.routing is None:
+            return shared.live
+        # The same as any mixture's, but for the names.
+        return MoeShape(self.routing, self.hidden, self.inner, shared_inner=self.shared_inner).live
 
     def build(self, weights: Weights, prefix: str) -> FeedForward:
         """Compose the block from its tensors; experts are views of the fused ones."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from truekv.core.lazy import torch
 from truekv.core.ops import Part
-from truekv.core.spec import Recurrent, Slab
+from truekv.core.spec import Live, Recurrent, Slab
 from truekv.models.blocks import Shapes, linear_shapes
 
 if TYPE_CHECKING:
@@ -93,6 +93,13 @@ class GdnShape:
             f"{prefix}norm.weight": (self.value_dim,),
             **linear_shapes(f"{prefix}out_proj", self.hidden, self.values),
         }
+
+    @property
+    def live(self) -> Live:
+        """Products and gates; then convolved channels, and what chunks of a long row read, write and fade by."""
+        products, heads = self.channels + self.values + 2 * self.value_heads, self.value_heads
+        chunks = heads * (self.key_dim + self.value_dim + 2)
+        return Live(products + self.values, 4 * heads + self.channels + self.values + chunks, places=True)
 
     def build(self, weights: Weights, prefix: str) -> GatedDeltaNet:
         """Compose the mixer from its tensors."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from truekv.core.lazy import torch
-from truekv.core.spec import Field, Paged
-from truekv.models.blocks import RMSNorm, Shapes, linear_shapes, norm
+from truekv.core.spec import Field, Live, Paged
+from truekv.models.blocks import RMSNorm, Shapes, linear_shapes, norm, tile_columns
 
 if TYPE_CHECKING:
     from truekv.core.batch import Step
@@ -58,6 +58,19 @@ class GqaShape:
         if self.head_norm:
             shapes |= {f"{prefix}{name}.weight": (self.head_dim,) for name in ("q_norm", "k_norm")}
         return shapes
+
+    @property
+    def live(self) -> Live:
+        """Products, normed and turned; then queries in the frame of the keys, and what is read."""
+        rows, columns = (self.heads + self.kv_heads) * self.head_dim, tile_columns(self.head_dim)
+        products = rows + (self.kv_heads + self.gated * self.heads) * self.head_dim
+        read = self.heads * self.head_dim
+        return Live(
+            products + 2 * rows + 2 * read,
+            self.heads * (columns + 1) + read + 3 * self.head_dim,
+            merged=self.heads * (columns + 2),
+            group=self.heads // self.kv_heads,
+        )
 
     def build(self, weights: Weights, prefix: str) -> GQA:
         """Compose the attention from its tensors."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
-from truekv.core.spec import Recurrent, Slab
+from truekv.core.spec import Live, Recurrent, Slab
 from truekv.models.blocks import Shapes, linear_shapes
 
 if TYPE_CHECKING:
@@ -82,6 +82,12 @@ class Mamba2Shape:
             **linear_shapes(f"{prefix}out_proj", self.hidden, self.inner, bias=self.bias),
         }
         return shapes | {f"{prefix}conv1d.bias": (self.channels,)} if self.conv_bias else shapes
+
+    @property
+    def live(self) -> Live:
+        """Products and time steps; then convolved channels and what is read of the state."""
+        products = self.inner + self.channels + self.heads
+        return Live(products + self.inner, 4 * self.heads + self.channels + self.inner, places=True)
 
     def build(self, weights: Weights, prefix: str) -> Mamba2:
         """Compose the layer from its tensors."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
-from truekv.core.spec import Field, Paged
-from truekv.models.blocks import RMSNorm, Shapes, linear_shapes, norm
+from truekv.core.spec import Field, Live, Paged
+from truekv.models.blocks import RMSNorm, Shapes, linear_shapes, norm, tile_columns
 from truekv.models.rotary import read_rope, yarn_mscale
 
 if TYPE_CHECKING:
@@ -74,6 +74,19 @@ class MlaShape:
             **linear_shapes(f"{prefix}kv_b_proj", self.heads * (self.content + self.value), self.latent),
             **linear_shapes(f"{prefix}o_proj", self.hidden, self.heads * self.value, bias=self.bias),
         }
+
+    @property
+    def live(self) -> Live:
+        """Queries through their rank and into the latent space, the latent row, and what is read of it."""
+        columns, rotary = tile_columns(self.latent), tile_columns(self.rotary)
+        queries = 2 * self.query_rank + self.heads * (2 * self.content + 2 * self.rotary + self.latent)
+        rows = 2 * (self.latent + self.rotary) + self.latent
+        return Live(
+            queries + rows + self.heads * (2 * self.latent + 2 * self.value),
+            self.heads * (columns + rotary + self.latent + 2) + 3 * self.rotary,
+            merged=self.heads * (columns + 2),
+            group=self.heads,
+        )
 
     def build(self, weights: Weights, prefix: str) -> Mla:
         """Compose the layer; the latent norm's weight is folded into the up-projections here, once."""
