@@ -308,6 +308,20 @@ def test_a_step_without_room_is_taken_in_smaller_ones(directory: Path, caplog: p
     assert_all_returned(llm)
 
 
+def test_a_prompt_alone_without_room_is_taken_in_smaller_steps(dense: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llm = LLM(str(dense), max_model_len=128, capture="off")
+    engine = engine_of(llm)
+    (healthy,) = llm.generate([PROMPTS[2]], FREE)
+    engine.runner.arena.drop_cache()
+    run_out_of_memory(engine.runner.arena.layers[-1], most=20)
+    (got,) = llm.generate([PROMPTS[2]], FREE)
+    assert got.tokens == healthy.tokens
+    # 65 tokens did not fit, nor did the half of them.
+    assert engine.schedule.step_tokens == 16
+    assert [record.getMessage().endswith("steps have 16 tokens") for record in caplog.records] == [False, True]
+    assert_all_returned(llm)
+
+
 def test_who_has_no_room_alone_ends_alone(dense: Path) -> None:
     llm = LLM(str(dense), max_model_len=128, capture="off")
     engine = engine_of(llm)

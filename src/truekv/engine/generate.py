@@ -263,11 +263,11 @@ class Engine:
     def _crowded(self, shares: list[Share]) -> list[Event]:
         """After a step without room on the device, start everyone in it again, in steps of half as many tokens.
 
-        Who was alone in it ends: nobody can make room for it.
+        Who was alone in it with one token ends: nobody can make room for it.
         """
         tokens = sum(share.count + len(share.drafts) for share in shares)
         error = OutOfMemory.step(tokens, len(shares))
-        if len(shares) == 1:
+        if len(shares) == 1 and shares[0].count == 1:
             # What made the steps before it too large may have been this one's context.
             self.schedule.step_tokens = self._step_tokens
             return [self._fail(shares[0].request, error)]
