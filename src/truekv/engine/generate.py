@@ -67,6 +67,8 @@ class Engine:
         self.steps = self._computed = self._generated = 0
         self._memory = _Memory(runner.arena)
         self._step_tokens = schedule.step_tokens
+        self._crowd: set[int] = set()
+        """Requests of steps that had no room on the device; steps stay smaller until these have ended."""
         self._answers: dict[int, Answer] = {}
         self._identities = itertools.count()
         self._grammars = Grammars(tokenizer, runner.model.spec.vocab_size, ends)
@@ -269,15 +271,22 @@ class Engine:
         error = OutOfMemory.step(tokens, len(shares))
         if len(shares) == 1 and shares[0].count == 1:
             # What made the steps before it too large may have been this one's context.
-            self.schedule.step_tokens = self._step_tokens
+            self._uncrowd()
             return [self._fail(shares[0].request, error)]
         self.schedule.step_tokens = max(1, tokens // 2)
-        logging.getLogger("truekv").warning("%s; from now on steps have %s tokens", error, self.schedule.step_tokens)
+        self._crowd.update(share.request.identity for share in shares)
+        logging.getLogger("truekv").warning(
+            "%s; until these have ended, steps have %s tokens", error, self.schedule.step_tokens
+        )
         for share in shares:
             # What it holds may be half of the step, but what is real of it is not.
             self._memory.release(share.request)
             self.schedule.again(share.request)
         return []
+
+    def _uncrowd(self) -> None:
+        self._crowd.clear()
+        self.schedule.step_tokens = self._step_tokens
 
     def _out_of_memory(self, verified: list[Verified], tokens: int) -> list[Event]:
         """End all requests of a step whose guesses had no room, but for those that have ended anyway."""
@@ -295,6 +304,9 @@ class Engine:
 
     def _end(self, request: Request, *, suspect: bool = False) -> None:
         if self._answers.pop(request.identity, None) is not None:
+            if self._crowd == {request.identity}:
+                self._uncrowd()
+            self._crowd.discard(request.identity)
             self.schedule.end(request)
             self._memory.release(request, suspect=suspect)
             if self.drafting:
