@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 BUILD = $(CMAKE) --build build/$@ --parallel 2
 
-.PHONY: demo test gpu triton-gate campaign mutants check wheel wheel-test sanitize amx arm64 bench bench-peer clean
+.PHONY: demo test gpu gpu-sanitize triton-gate campaign mutants check wheel wheel-test sanitize amx arm64 bench bench-peer clean
 
 demo: $(VENV)/.run
 	$(BIN)/truekv demo
@@ -26,13 +26,20 @@ test: $(VENV)/.test
 # tokenizers, jinja2, typer and rich, and cmake; the native library, which answers are compared with, is built in place.
 GPU_PYTHON = $(or $(READY),$(BIN)/python)
 NATIVE := src/truekv/kernels/native/libtruekv_native.so
-gpu: export TRITON_INTERPRET := 0
-gpu: export TRITON_CACHE_DIR := $(CURDIR)/build/triton
-gpu: export PYTHONPATH := $(CURDIR)/src
+gpu gpu-sanitize: export TRITON_INTERPRET := 0
+gpu gpu-sanitize: export TRITON_CACHE_DIR := $(CURDIR)/build/triton
+gpu gpu-sanitize: export PYTHONPATH := $(CURDIR)/src
 gpu: $(if $(READY),$(NATIVE),$(VENV)/.test)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(GPU_PYTHON) -m pytest -m gpu -n $(JOBS) \
 	  -W default -p no:benchmark --durations=10 tests/gpu; tests=$$?; \
 	$(GPU_PYTHON) -m bench.gpu $(QUICK) && exit $$tests
+
+# The kernels alone under compute-sanitizer, stopped by the first address outside of what was allocated. Torch's pool of
+# memory, within which any address is good, is off. After make gpu, so that nothing compiles under it.
+gpu-sanitize: $(if $(READY),,$(VENV)/.test)
+	OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all \
+	  --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu -x -q -W default -p no:benchmark \
+	  $(addprefix tests/gpu/test_,ops.py frames.py attention.py cuda.py scans.py)
 
 $(NATIVE): $(wildcard native/*.cpp native/*.h native/CMakeLists.txt)
 	$(CMAKE) -S native -B build/native -DCMAKE_BUILD_TYPE=Release

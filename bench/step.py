@@ -25,6 +25,7 @@ from bench import capture, host
 from bench.checkpoints import CONFIGS, checkpoint
 from bench.engines.truekv import start
 from bench.machine import native, positive
+from truekv.core.errors import Refused
 from truekv.core.lazy import torch
 from truekv.core.resident import mapped
 
@@ -52,16 +53,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--model", choices=tuple(CONFIGS), default="hybrid")
     parser.add_argument("--format", default="int8", metavar="FORMAT")
-    parser.add_argument("--depth", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--depth", type=positive, default=512, metavar="TOKENS")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--steps", type=positive, default=100)
     parser.add_argument("--sequences", type=positive, default=1, help="with --capture and --host: rows of a step")
-    parser.add_argument("--memory", action="store_true", help="list what lies in memory instead")
-    parser.add_argument("--capture", action="store_true", help="compare captured steps with eager ones")
-    parser.add_argument("--host", action="store_true", help="time what the host does in steps of many requests")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--memory", action="store_true", help="list what lies in memory instead")
+    instead.add_argument("--capture", action="store_true", help="compare captured steps with eager ones")
+    instead.add_argument("--host", action="store_true", help="time what the host does in steps of many requests")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     asked = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before a library with OpenMP is loaded
+    try:
+        return measure(asked)
+    except Refused as error:
+        parser.error(str(error))
+
+
+def measure(asked: argparse.Namespace) -> int:
+    """Print what is asked for."""
     if asked.capture:
         ways = capture.compare(
             str(checkpoint(asked.model)), asked.format, asked.depth, asked.sequences, asked.threads, asked.steps

@@ -45,3 +45,21 @@ def test_what_the_host_does_in_a_step_of_many_requests_is_timed(capsys: pytest.C
     assert step.main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["median"] >= printed["least"] > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (["--host", "--depth", "-3"], "argument --depth: '-3' is no number of 1 or more"),
+        (["--host", "--capture"], "argument --capture: not allowed with argument --host"),
+        (["--host", "--model", "dense", "--format", "int7"], "int7"),
+        (["--host", "--model", "dense", "--depth", "99999999"], "this checkpoint has positions for 1 to 4096 tokens"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_sentence(
+    asked: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        step.main(asked)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
