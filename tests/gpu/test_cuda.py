@@ -69,13 +69,13 @@ def error(cache: Cache, counts: list[int], group: int, launches: list[object]) -
     return float(((got.double().cpu() - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
 
 
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KINDS, ids=str)
 def test_it_compiles_and_passes_its_trial(kind: kernel.Kind) -> None:
     assert kernel.problem(kind, torch.device(DEVICE, 0)) is None
     assert compiler.compiler().version
 
 
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.GROUPED, ids=str)
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 511, 512, 513, 3000])
 def test_lengths_and_kinds(length: int, kind: kernel.Kind, launches: list[object]) -> None:
     cache = fill(gqa(2, kind.dim), formats(kind.keys, "kv4"), [length, 40], seed=length)
@@ -98,7 +98,7 @@ def captured(function: Callable[[], torch.Tensor]) -> CudaRecording:
     return CudaRecording(function, pool=torch.cuda.graph_pool_handle(), aside=torch.cuda.Stream())
 
 
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.GROUPED, ids=str)
 def test_a_graph_replays_what_eager_steps_compute_with_other_contents(
     kind: kernel.Kind, launches: list[object]
 ) -> None:

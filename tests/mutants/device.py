@@ -88,9 +88,9 @@ def in_cuda(old: str, new: str) -> Callable[[], list[Patch]]:
         found = compiler.nvcc()
         assert found is not None
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "attend.cu"
-            source.write_text(changed(kernel.SOURCE.read_text(), old, new))
-            return found.ptx(source, compiler.options(kernel.definitions(kind)))
+            source = Path(folder) / kind.source.name
+            source.write_text(changed(kind.source.read_text(), old, new))
+            return found.ptx(source, compiler.options(kind.definitions))
 
     return lambda: [Patch(emulated_module, "ptx", ptx)]
 
