@@ -22,7 +22,7 @@ import time
 from array import array
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -327,6 +327,9 @@ def launches(size: Size, *, quick: bool) -> list[Made]:
     if size.device == "cuda":
         # Beside what auto takes on devices that have a kernel in CUDA C++ for such rows.
         found += [("attention", (*shape, "kv4", size, "triton")) for *shape, _ in SHAPES[:2]]
+        found += [("attention", (*SHAPES[2][:3], "int8", size, "triton"))]
+        # As many bytes in fewer and longer rows.
+        found += [("attention", (*SHAPES[0][:3], kv, replace(size, batch=8))) for kv in ("bf16", "int8", "kv4")]
         found += [("gathered", (size,)), ("peer", ("torch SDPA", size)), ("peer", ("flashinfer", size))]
         found += [("fla", (size, size.scans[0]))]
         if not quick:

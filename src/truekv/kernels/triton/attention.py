@@ -174,6 +174,9 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
 
     if EACH > 1:
         mean, largest_M, total_M = fold(folded, top_M, weights_M, mean, largest_M, total_M, ACROSS)
+    # Looked up again: what is needed no more until here would take registers from the loop.
+    token_M = tl.load(gather + row * longest + chunk_M, mask=asked_M, other=0, volatile=True)
+    query_M = token_M * (HEADS * GROUP) + head * GROUP + place_M % GROUP
     place_of_M = tl.program_id(2).to(tl.int64) * tokens * (HEADS * GROUP) + query_M
     place = _query_wise(place_of_M * COLUMNS, ACROSS) + _key_wise(tl.arange(0, COLUMNS), ACROSS)
     tl.store(average + place, mean, mask=_query_wise(asked_M, ACROSS))

@@ -62,15 +62,15 @@ def attend_options(rows: Seq[Row], queries: int, capability: int) -> Options:
     if most == 8:
         keys, warps, stages = 32, 4, 2
     elif columns > 256:
-        short = deep and tile == 16 and rows[0].scaled
-        keys, warps, stages = 64 if short else 32, 8 if short or packed or tile > 16 else 4, 2
+        long = deep and (tile > 16 or rows[0].scaled)
+        keys, warps, stages = 64 if long else 32, 8 if long or packed or tile > 16 else 4, 2
     elif blocks:
         keys, warps, stages = 32, 4, 3
     elif tile == 8:
         narrow = deep and all(row.code == "bf16" for row in rows) and columns > 64
         keys, warps, stages = (64 if columns > 128 else 128) // (2 if narrow else 1), 4, 5 if deep else 3
     elif columns > 128:
-        keys, warps, stages = 32, 4 if tile == 16 else 8, 3
+        keys, warps, stages = 32, 4, 3
     elif tile == 16:
         keys, warps, stages = 128, 4, 3
     else:
