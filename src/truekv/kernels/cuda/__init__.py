@@ -1,1 +1,1 @@
-"""Kernels in CUDA C++, where Triton's do not keep up with memory: attention over 4-bit rows, for one kind of device."""
+"""Kernels in CUDA C++, where Triton's do not keep up with memory: for rows of 4 bits and latent rows, on one device."""

@@ -70,8 +70,10 @@ def attend(
     # Of latent rows, the fewest blocks and then the smallest.
     kind = min(kinds, key=lambda one: (-(-rows // (8 * one.tiles)), one.tiles)) if latent else kinds[0]
     blocks = -(-rows // (8 * kind.tiles)) if latent else heads
+    # A quarter as many blocks of latent rows keep a device busy.
+    programs = blocks * batch * (4 if latent else 1)
     sums = triton.Sums.empty(
-        (tokens, query_heads, value.field.dim), blocks * batch, SPAN, window, value, step, folded=rows > _TILE
+        (tokens, query_heads, value.field.dim), programs, SPAN, window, value, step, folded=rows > _TILE
     )
     width = step.pages.shape[1]
     strides = [item.data.stride(0) for item in (fields[:1] if latent else fields)]
