@@ -93,8 +93,8 @@ def test_a_rotated_head_is_transformers(ops: Ops) -> None:
     cos, sin = LlamaRotaryEmbedding(config)(q_THD, positions[None])
     theirs = apply_rotary_pos_emb(q_THD.transpose(0, 1)[None], k_THD.transpose(0, 1)[None], cos, sin)
     angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 32, 8192), ops).angles(positions)
-    for ours, expected in zip((q_THD, k_THD), theirs, strict=True):
-        torch.testing.assert_close(angles.rotate(ours), expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
+    for ours, expected in zip(angles.rotate(q_THD, k_THD), theirs, strict=True):
+        torch.testing.assert_close(ours, expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
 
 
 @both
@@ -105,8 +105,8 @@ def test_scores_depend_on_the_distance_alone_and_the_rest_of_a_head_is_kept(inte
     q_1HD, k_1HD = random(1, 1, 32), random(1, 1, 32, seed=1)
 
     def score(at: int, of: int) -> float:
-        q = rotary.angles(torch.tensor([at])).rotate(q_1HD)
-        k = rotary.angles(torch.tensor([of])).rotate(k_1HD)
+        (q,) = rotary.angles(torch.tensor([at])).rotate(q_1HD)
+        (k,) = rotary.angles(torch.tensor([of])).rotate(k_1HD)
         assert torch.equal(q[..., 16:], q_1HD[..., 16:])
         return float((q * k).sum())
 

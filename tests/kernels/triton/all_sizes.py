@@ -35,7 +35,7 @@ def step(rows: int, width: int, new: int = 1) -> None:
     described = lay_out([(one, width * PAGE - 5 - new, [0] * new, 0) for one in sequences], PAGE, torch.device("cpu"))
     for window in (None, 7, 16 * width):
         attend(stored, 2, described, window)
-    paged.store(stored[0], torch.zeros(rows * new, 2, 64).bfloat16(), described)
+    paged.store((stored[0],), (torch.zeros(rows * new, 2, 64).bfloat16(),), described)
     for layer in (gdn(2, 4, 64, 64), mamba2(4, 16, 2, 64)):
         recur(layer, new, 0, rows, described)()
 

@@ -95,7 +95,7 @@ def test_latent_rows_are_keys_and_values(latent: str, rope: str) -> None:
 def test_values_of_zeros(name: str) -> None:
     """Blocks whose scales are all zero."""
     cache = fill(gqa(1, 64), formats("int8", name), [70])
-    triton.store(cache.fields[1], torch.zeros_like(cache.rows[1]), cache.step([70]))
+    triton.store((cache.fields[1],), (torch.zeros_like(cache.rows[1]),), cache.step([70]))
     step = cache.step([2])
     got = run(cache, step, cache.queries(step, 2))
     assert torch.equal(got, torch.zeros_like(got))
@@ -206,8 +206,7 @@ def test_lines_that_nobody_wrote_are_never_read_as_numbers(name: str, garbage: i
         cache = fill(gqa(1, 80), formats(name, name), [69, 33])
         step = cache.step([69, 33])
         cache.fields[0].data.fill_(fill_byte)
-        for stored, rows in zip(cache.fields, cache.rows, strict=True):
-            triton.store(stored, rows, step)
+        triton.store(cache.fields, cache.rows, step)
         step = cache.step([1, 3])
         outs.append(run(cache, step, cache.queries(step, 2)))
     assert torch.isfinite(outs[0]).all()
@@ -281,7 +280,7 @@ def test_nothing_is_read_on_the_host_while_a_step_is_recorded() -> None:
     with pytest.raises(AssertionError, match="read on the host"):
         int(sealed.count[0])
     with recording():
-        triton.store(cache.fields[0], cache.rows[0][-3:], sealed)
+        triton.store((cache.fields[0],), (cache.rows[0][-3:],), sealed)
         got = run(cache, sealed, queries)
     assert torch.equal(torch.Tensor(got), run(cache, step, queries))
 
@@ -311,7 +310,7 @@ def test_queries_of_rows_that_are_stored_as_they_are_lose_nothing(name: str) -> 
     """Divided by its norm a query of bfloat16 would be rounded again, which costs more than the weights' 8 bits."""
     cache = fill(gqa(2, 80), formats(name, name), [3])
     (query,), row = cache.queries(cache.step([1]), 2), layout.layout(cache.fields[0])
-    framed, factor = triton.into_frame(query * 1e30, cache.fields[0], row, 0.5, torch.float32)
+    ((framed, factor),) = triton.into_frame((query * 1e30,), cache.fields[:1], (row,), 0.5, (torch.float32,))
     assert torch.equal(framed[..., : row.dim], query * 1e30)
     assert not framed[..., row.dim :].any()
     assert torch.equal(factor, torch.full_like(factor, 0.5 * math.log2(math.e)))

@@ -32,8 +32,8 @@ def bytes_agree(name: str, dim: int, rows: torch.Tensor, *, measured: bool) -> N
         rows = rows[rows.abs().amax((1, 2)) < 1e36]
     order = torch.randperm(fields[0].data.shape[0], generator=torch.Generator().manual_seed(5))
     step = make_step([len(rows)], [len(rows)], order[None])
-    reference.store(fields[0], rows, step)
-    triton.store(fields[1], rows, step)
+    reference.store((fields[0],), (rows,), step)
+    triton.store((fields[1],), (rows,), step)
     assert torch.equal(fields[0].data, fields[1].data)
 
 
@@ -76,8 +76,8 @@ def test_rows_may_be_strided_as_models_make_them() -> None:
     fused = torch.randn(40, 5, 128)
     step = make_step([40], [40], torch.arange(3)[None])
     for rows in (fused[:, 1:3, 64:], fused.transpose(0, 2)[:40, :2, :1].expand(40, 2, 64)):
-        reference.store(fields[0], rows, step)
-        triton.store(fields[1], rows, step)
+        reference.store((fields[0],), (rows,), step)
+        triton.store((fields[1],), (rows,), step)
         assert torch.equal(fields[0].data, fields[1].data)
 
 
@@ -87,13 +87,13 @@ def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_ot
     fields = place(name, 64, 2, 20)
     rows = torch.randn(20, 2, 64)
     step = make_step([20], [20], torch.tensor([[1]]))
-    triton.store(fields[0], rows, step)
+    triton.store((fields[0],), (rows,), step)
     rows[17, 1, 63] = bad
     with pytest.raises(Corrupted, match="1 of 40 cache rows hold NaN or infinity"):
-        triton.store(fields[1], rows, step)
+        triton.store((fields[1],), (rows,), step)
     with recording():
-        triton.store(fields[1], rows, step)
-        reference.store(fields[0], rows, step)
+        triton.store((fields[1],), (rows,), step)
+        reference.store((fields[0],), (rows,), step)
     assert torch.equal(fields[0].data, fields[1].data)
     stored = torch.cat([plane[1, 1, 17] for plane in reference.planes(fields[1])])
     assert fields[1].format.decode(stored, 64).isnan().all()
@@ -103,7 +103,9 @@ def test_a_token_of_no_line_is_stored_nowhere() -> None:
     _, field = place("int8", 64, 2, 40)
     before = field.data.clone()
     step = make_step([3], [3], torch.tensor([[1]]))
-    triton.store(field, torch.full((3, 2, 64), math.nan), dataclasses.replace(step, line=torch.tensor([-1, -1, -1])))
+    triton.store(
+        (field,), (torch.full((3, 2, 64), math.nan),), dataclasses.replace(step, line=torch.tensor([-1, -1, -1]))
+    )
     assert torch.equal(field.data, before)
 
 
@@ -111,7 +113,7 @@ def test_a_frame_that_overflows_is_refused() -> None:
     _, field = place("q8_0", 64, 1, 4)
     narrow = dataclasses.replace(field, frame=Frame(None, torch.full((1, 64), 1e-3)))
     with pytest.raises(Corrupted, match="4 of 4 cache rows"):
-        triton.store(narrow, torch.full((4, 1, 64), 3e38), make_step([4], [4], torch.tensor([[0]])))
+        triton.store((narrow,), (torch.full((4, 1, 64), 3e38),), make_step([4], [4], torch.tensor([[0]])))
 
 
 def test_no_rows_are_stored_without_a_word() -> None:
@@ -119,7 +121,7 @@ def test_no_rows_are_stored_without_a_word() -> None:
     step = make_step([1], [1], torch.tensor([[0]]))
     empty = dataclasses.replace(step, page=step.page[:0], line=step.line[:0])
     before = field.data.clone()
-    triton.store(field, torch.zeros(0, 2, 64), empty)
+    triton.store((field,), (torch.zeros(0, 2, 64),), empty)
     assert torch.equal(field.data, before)
 
 

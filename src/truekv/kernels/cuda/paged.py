@@ -47,7 +47,7 @@ def attend(
         return triton.attend(queries, fields, scale, window, step)
     key, value = fields
     row_k, row_v = triton.aligned(key), triton.aligned(value)
-    framed, factor = triton.into_frame(queries[0], key, row_k, scale, torch.float32)
+    ((framed, factor),) = triton.into_frame(queries, (key,), (row_k,), scale, (torch.float32,))
     width = step.pages.shape[1]
     spans = -(-width * PAGE_TOKENS // SPAN)
     each = spans_of_a_block(batch * heads * spans)

@@ -7,11 +7,25 @@ See formats/frame.py: a query meets stored keys as H(s * q), and an average o of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from truekv.kernels.triton.attention import LOWEST
 from truekv.kernels.triton.codes import dims
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How many numbers of a row a program takes at once as it takes queries into a frame."""
+
+    columns: int
+    """Of the framed query."""
+    dims: int
+    """Of the query, all of them and up to a power of two."""
+    width: int
+    """Of the query, in one product with a rotation."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -23,17 +37,54 @@ def query_kernel(
     factor,  # out: float32 [T, H]
     token_stride,
     head_stride,
+    query2,  # of another field, or None
+    scale2,
+    rotation2,
+    framed2,
+    factor2,
+    token_stride2,
+    head_stride2,
+    rows,
+    softmax_scale,
+    ROW: tl.constexpr,
+    ROW2: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS2: tl.constexpr,
+):
+    """Take queries into the frames of one field or two; grid: (tiles of rows, fields)."""
+    if tl.program_id(1) == 0:
+        _enter(
+            *(query, scale, rotation, framed, factor, token_stride, head_stride, rows, softmax_scale),
+            *(ROW, HEADS, GROUP, BLOCK_R, BLOCKS),
+        )
+    elif query2 is not None:
+        _enter(
+            *(query2, scale2, rotation2, framed2, factor2, token_stride2, head_stride2, rows, softmax_scale),
+            *(ROW2, HEADS, GROUP, BLOCK_R, BLOCKS2),
+        )
+
+
+@triton.jit
+def _enter(
+    query,
+    scale,
+    rotation,
+    framed,
+    factor,
+    token_stride,
+    head_stride,
     rows,
     softmax_scale,
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Take queries into the frame of a field, divided by their norms where rows are codes; grid: (tiles of rows,).
+    """Take a tile of queries into the frame of a field, divided by their norms where rows are codes.
 
     The factor of a query is its norm, if it was divided by it, times what turns a score into a power of two.
     """
@@ -45,7 +96,7 @@ def query_kernel(
     if rotation is None:
         dim_C, holds_C = dims(ROW)
     else:
-        dim_C = tl.arange(0, BLOCK_D)
+        dim_C = tl.arange(0, BLOCKS.dims)
         holds_C = dim_C < ROW.dim
     x_RC = _scaled(query, scale, start_R, kv_R, asked_R, dim_C, holds_C, ROW)
     if ROW.plain:
@@ -65,11 +116,11 @@ def query_kernel(
         place_C = tl.arange(0, ROW.columns)
         tl.store(framed + out_R[:, None] + place_C[None, :], x_RC.to(framed.dtype.element_ty), mask=asked_R[:, None])
     else:
-        for column in range(0, ROW.columns, BLOCK_C):
-            column_B = column + tl.arange(0, BLOCK_C)
-            y_RB = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-            for dim in range(0, ROW.dim, WIDTH):
-                dim_W = dim + tl.arange(0, WIDTH)
+        for column in range(0, ROW.columns, BLOCKS.columns):
+            column_B = column + tl.arange(0, BLOCKS.columns)
+            y_RB = tl.zeros([BLOCK_R, BLOCKS.columns], tl.float32)
+            for dim in range(0, ROW.dim, BLOCKS.width):
+                dim_W = dim + tl.arange(0, BLOCKS.width)
                 holds_W = dim_W < ROW.dim
                 x_RW = _scaled(query, scale, start_R, kv_R, asked_R, dim_W, holds_W, ROW)
                 if not ROW.plain:
