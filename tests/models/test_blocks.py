@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory.toys import make_arena
 from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
@@ -11,14 +12,17 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
+from truekv.core.batch import Chunk
 from truekv.core.config import Config
 from truekv.core.ops import Expert, Ops, Part, Routing
 from truekv.core.weights import Weights
 from truekv.kernels.native.ops import OPS as NATIVE
 from truekv.kernels.reference.ops import DENSE_EXPERTS
 from truekv.kernels.reference.ops import OPS as REFERENCE
+from truekv.kernels.reference.paged import planes
 from truekv.models.blocks import RMSNorm
 from truekv.models.ffn import MlpShape, MoE, MoeShape, Router, fused_experts
+from truekv.models.mixers.gqa import GqaShape
 from truekv.models.rotary import Rotary, read_rope
 
 both = pytest.mark.parametrize("ops", [REFERENCE, NATIVE], ids=["reference", "native"])
@@ -112,6 +116,25 @@ def test_scores_depend_on_the_distance_alone_and_the_rest_of_a_head_is_kept(inte
 
     assert score(9, 4) == pytest.approx(score(45, 40), rel=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 3), rel=1e-3)
+
+
+@both
+@pytest.mark.parametrize("gated", [False, True])
+def test_heads_are_normed_with_positions_and_without(gated: bool, ops: Ops) -> None:
+    """At position zero nothing is turned, so both ways are one."""
+    shape = GqaShape(32, 4, 2, 16, head_norm=True, gated=gated)
+    tensors = {name: random(*size, seed=seed) for seed, (name, size) in enumerate(shape.tensors("").items())}
+    layer, arena = shape.build(Weights(tensors, ops), ""), make_arena((shape.spec(),))
+    x_1C, memory = random(1, 32, seed=99), arena.layers[0]
+    step = arena.reserve([Chunk(arena.open(), [1])])
+    angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 16, 64), ops).angles(torch.tensor([0]))
+    turned, unturned = layer(x_1C, memory, step, angles), layer(x_1C, memory, step, None)
+    assert torch.equal(turned, unturned)
+    (key,) = planes(memory.stored[0])  # type: ignore[union-attr]
+    row_K1D = key[step.page, :, step.line].view(torch.float32)[0]
+    k_KD = (tensors["k_proj.weight"] @ x_1C[0]).view(2, 16)
+    expected_KD = k_KD * k_KD.square().mean(-1, keepdim=True).rsqrt() * tensors["k_norm.weight"]
+    torch.testing.assert_close(row_K1D, expected_KD, rtol=1e-5, atol=1e-5)
 
 
 @both

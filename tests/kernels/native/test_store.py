@@ -118,9 +118,8 @@ def test_a_token_of_no_line_is_stored_nowhere() -> None:
     _, field = place("int8", 64, 2, 40)
     before = field.data.clone()
     step = make_step([3], [3], torch.tensor([[1]]))
-    native.store(
-        (field,), (torch.full((3, 2, 64), math.nan),), dataclasses.replace(step, line=torch.tensor([-1, -1, -1]))
-    )
+    nowhere = dataclasses.replace(step, line=torch.tensor([-1, -1, -1]))
+    native.store((field,), (torch.full((3, 2, 64), math.nan),), nowhere)
     assert torch.equal(field.data, before)
 
 

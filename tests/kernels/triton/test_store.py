@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -99,14 +100,70 @@ def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_ot
     assert fields[1].format.decode(stored, 64).isnan().all()
 
 
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Those of all launches that store."""
+    found: list[tuple[int, ...]] = []
+    kernel = triton.store_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            found.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(triton, "store_kernel", Watched())
+    return found
+
+
+KINDS = [
+    (("int8", 64, 2, True), ("kv4", 80, 1, False)),
+    (("turboquant_4bit", 128, 1, False), ("bf16", 64, 3, True)),
+    (("q5_1", 96, 3, False), ("q5_1+hadamard", 96, 3, False)),
+    (("fp8_e4m3", 512, 1, True), ("int8", 64, 1, True)),
+    (("kv3", 64, 2, True), ("f32", 48, 1, True), ("q4_0", 64, 4, False)),
+]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(name for name, *_ in kinds))
+def test_fields_of_other_codes_frames_and_heads_are_stored_in_one_launch(
+    kinds: tuple[tuple[str, int, int, bool], ...], grids: list[tuple[int, ...]]
+) -> None:
+    """Of a layer that has three, in two."""
+    tokens = 40
+    placed = [place(name, dim, heads, tokens, measured=measured) for name, dim, heads, measured in kinds]
+    theirs, ours = (tuple(pair[side] for pair in placed) for side in range(2))
+    # Slices of one product, as models make them.
+    product = torch.randn(tokens, sum(heads for _, _, heads, _ in kinds), 520)
+    split = product.split([heads for _, _, heads, _ in kinds], 1)
+    rows = tuple(part[..., :dim] for part, (_, dim, _, _) in zip(split, kinds, strict=True))
+    step = make_step([tokens], [tokens], torch.arange(len(ours[0].data)).flip(0)[None])
+    reference.store(theirs, rows, step)
+    triton.store(ours, rows, step)
+    tiles = [-(-tokens * heads // 32) for _, _, heads, _ in kinds]
+    assert grids == [(sum(tiles[first : first + 2]),) for first in range(0, len(kinds), 2)]
+    assert all(torch.equal(one.data, other.data) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_that_are_not_finite_are_counted_in_every_field(which: int, grids: list[tuple[int, ...]]) -> None:
+    fields = tuple(zip(place("int8", 64, 2, 20), place("q4_0", 80, 1, 20), strict=True))
+    rows = torch.randn(20, 2, 64), torch.randn(20, 1, 80)
+    step = make_step([20], [20], torch.tensor([[1]]))
+    rows[which][3, 0, 5] = rows[which][19, 0, 0] = math.nan
+    with pytest.raises(Corrupted, match="2 of 60 cache rows hold NaN or infinity"):
+        triton.store(fields[0], rows, step)
+    with recording():
+        reference.store(fields[1], rows, step)
+    assert len(grids) == 1
+    assert all(torch.equal(one.data, other.data) for one, other in zip(*fields, strict=True))
+
+
 def test_a_token_of_no_line_is_stored_nowhere() -> None:
-    _, field = place("int8", 64, 2, 40)
-    before = field.data.clone()
-    step = make_step([3], [3], torch.tensor([[1]]))
-    triton.store(
-        (field,), (torch.full((3, 2, 64), math.nan),), dataclasses.replace(step, line=torch.tensor([-1, -1, -1]))
-    )
-    assert torch.equal(field.data, before)
+    fields = place("int8", 64, 2, 40)
+    before = [field.data.clone() for field in fields]
+    nowhere = dataclasses.replace(make_step([3], [3], torch.tensor([[1]])), line=torch.tensor([-1, -1, -1]))
+    triton.store(fields, (torch.full((3, 2, 64), math.nan),) * 2, nowhere)
+    assert all(torch.equal(field.data, saved) for field, saved in zip(fields, before, strict=True))
 
 
 def test_a_frame_that_overflows_is_refused() -> None:
@@ -117,12 +174,12 @@ def test_a_frame_that_overflows_is_refused() -> None:
 
 
 def test_no_rows_are_stored_without_a_word() -> None:
-    _, field = place("kv4", 64, 2, 4)
+    fields = place("kv4", 64, 2, 4)
     step = make_step([1], [1], torch.tensor([[0]]))
     empty = dataclasses.replace(step, page=step.page[:0], line=step.line[:0])
-    before = field.data.clone()
-    triton.store((field,), (torch.zeros(0, 2, 64),), empty)
-    assert torch.equal(field.data, before)
+    before = [field.data.clone() for field in fields]
+    triton.store(fields, (torch.zeros(0, 2, 64),) * 2, empty)
+    assert all(torch.equal(field.data, saved) for field, saved in zip(fields, before, strict=True))
 
 
 @compiler.jit

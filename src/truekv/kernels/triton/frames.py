@@ -88,6 +88,8 @@ def _enter(
 
     The factor of a query is its norm, if it was divided by it, times what turns a score into a power of two.
     """
+    BLOCK_C: tl.constexpr = BLOCKS.columns
+    WIDTH: tl.constexpr = BLOCKS.width
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     asked_R = row_R < rows
     token_R, head_R = (row_R // (HEADS * GROUP)).to(tl.int64), row_R % (HEADS * GROUP)
@@ -116,11 +118,11 @@ def _enter(
         place_C = tl.arange(0, ROW.columns)
         tl.store(framed + out_R[:, None] + place_C[None, :], x_RC.to(framed.dtype.element_ty), mask=asked_R[:, None])
     else:
-        for column in range(0, ROW.columns, BLOCKS.columns):
-            column_B = column + tl.arange(0, BLOCKS.columns)
-            y_RB = tl.zeros([BLOCK_R, BLOCKS.columns], tl.float32)
-            for dim in range(0, ROW.dim, BLOCKS.width):
-                dim_W = dim + tl.arange(0, BLOCKS.width)
+        for column in range(0, ROW.columns, BLOCK_C):
+            column_B = column + tl.arange(0, BLOCK_C)
+            y_RB = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+            for dim in range(0, ROW.dim, WIDTH):
+                dim_W = dim + tl.arange(0, WIDTH)
                 holds_W = dim_W < ROW.dim
                 x_RW = _scaled(query, scale, start_R, kv_R, asked_R, dim_W, holds_W, ROW)
                 if not ROW.plain:
