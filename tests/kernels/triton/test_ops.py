@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.triton.grids import grids
 
 from truekv.core.ops import Expert, Part, Routing
 from truekv.kernels.reference.ops import OPS as REFERENCE
@@ -159,24 +160,15 @@ def test_queries_and_keys_are_normed_and_turned_in_one_launch(
     gained: tuple[bool, bool],
     interleaved: bool,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the bits of a norm of each and then a turn of each."""
     heads, (cos, sin) = heads_of(tokens, dim, dtype), turns(tokens, planes)
     gains = [random(dim, seed=7 + place) + 1.0 if wanted else None for place, wanted in enumerate(gained)]
     normed = [x if gain is None else TRITON.rms_norm(x, gain, 1e-6) for x, gain in zip(heads, gains, strict=True)]
     expected = [TRITON.norm_rotate((x,), (None,), 0.0, cos, sin, interleaved=interleaved)[0] for x in normed]
-    grids: list[tuple[int, ...]] = []
-    kernel = on_rows._norm_rotate
-
-    class Watched:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(on_rows, "_norm_rotate", Watched())
-    got = TRITON.norm_rotate(heads, gains, 1e-6, cos, sin, interleaved=interleaved)
-    assert grids == [(5 * tokens,)] * (tokens > 0)
+    with grids(on_rows, "_norm_rotate") as launched:
+        got = TRITON.norm_rotate(heads, gains, 1e-6, cos, sin, interleaved=interleaved)
+    assert launched == [(5 * tokens,)] * (tokens > 0)
     for ours, wanted, x in zip(got, expected, heads, strict=True):
         assert ours.dtype == dtype
         assert ours.shape == x.shape

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from kernels.native.cache import fill, formats
+from kernels.triton.grids import grids
 from memory.toys import gqa, mla
 
 from truekv.core.errors import Refused
@@ -122,20 +123,12 @@ def test_spans_are_joined_before_they_are_merged(
     cache = fill(gqa(1, 64, window), formats(keys, values), [40, 2 * SPAN, 2 * SPAN + 1, 4 * SPAN + 70], measured=True)
     step = cache.step([1, 1, 2, 3])
     queries = cache.queries(step, 2)
-    grids: list[tuple[int, int]] = []
-    kernel = triton.join_kernel
-
-    class Watched:
-        def __getitem__(self, grid: tuple[int, int]) -> Any:
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(triton, "join_kernel", Watched())
-    expected = run(cache, step, queries)
-    assert not grids
-    monkeypatch.setattr(triton, "JOINED", 2)
-    got = run(cache, step, queries)
-    assert grids == [(1, 3)]
+    with grids(triton, "join_kernel") as launched:
+        expected = run(cache, step, queries)
+        assert not launched
+        monkeypatch.setattr(triton, "JOINED", 2)
+        got = run(cache, step, queries)
+    assert launched == [(1, 3)]
     assert torch.equal(got[:2], expected[:2])
     # The others add up in another order, unless a window leaves them no more.
     assert torch.equal(got[2:], expected[2:]) == (window == 700)
@@ -318,9 +311,7 @@ def test_queries_of_rows_that_are_stored_as_they_are_lose_nothing(name: str) -> 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 @pytest.mark.parametrize("names", [("kv4", "int8"), ("int8", "bf16"), ("bf16", "turboquant_fp8"), ("q4_0", "q8_0")])
-def test_queries_enter_both_frames_of_a_latent_row_in_one_launch(
-    names: tuple[str, str], tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queries_enter_both_frames_of_a_latent_row_in_one_launch(names: tuple[str, str], tokens: int) -> None:
     """To the bits of one after the other; strided as models make them."""
     cache = fill(mla(80, 64), formats(*names), [20], measured=True)
     product = torch.randn(tokens, 5, 80 + 64 + 3, generator=torch.Generator().manual_seed(3))
@@ -331,17 +322,9 @@ def test_queries_enter_both_frames_of_a_latent_row_in_one_launch(
         triton.into_frame((query,), (item,), (row,), 0.3, (dtype,))[0]
         for query, item, row, dtype in zip(queries, cache.fields, laid, dtypes, strict=True)
     ]
-    grids: list[tuple[int, int]] = []
-    kernel = triton.query_kernel
-
-    class Watched:
-        def __getitem__(self, grid: tuple[int, int]) -> Any:
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(triton, "query_kernel", Watched())
-    together = triton.into_frame(queries, cache.fields, laid, 0.3, dtypes)
-    assert grids == [(-(-tokens * 5 // 16), 2)] * (tokens > 0)
+    with grids(triton, "query_kernel") as launched:
+        together = triton.into_frame(queries, cache.fields, laid, 0.3, dtypes)
+    assert launched == [(-(-tokens * 5 // 16), 2)] * (tokens > 0)
     for got, wanted, row, dtype in zip(together, apart, laid, dtypes, strict=True):
         assert got[0].dtype == dtype
         assert got[0].shape == (tokens, 5, row.columns)

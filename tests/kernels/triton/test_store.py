@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import triton.language as tl
 from formats.test_conformance import hard_rows
 from kernels.native.cache import PAGE, make_step
 from kernels.native.test_store import place
+from kernels.triton.grids import grids
 
 from truekv.core.errors import Corrupted
 from truekv.core.recording import recording
@@ -100,21 +100,6 @@ def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_ot
     assert fields[1].format.decode(stored, 64).isnan().all()
 
 
-@pytest.fixture
-def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Those of all launches that store."""
-    found: list[tuple[int, ...]] = []
-    kernel = triton.store_kernel
-
-    class Watched:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            found.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(triton, "store_kernel", Watched())
-    return found
-
-
 KINDS = [
     (("int8", 64, 2, True), ("kv4", 80, 1, False)),
     (("turboquant_4bit", 128, 1, False), ("bf16", 64, 3, True)),
@@ -126,7 +111,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(name for name, *_ in kinds))
 def test_fields_of_other_codes_frames_and_heads_are_stored_in_one_launch(
-    kinds: tuple[tuple[str, int, int, bool], ...], grids: list[tuple[int, ...]]
+    kinds: tuple[tuple[str, int, int, bool], ...],
 ) -> None:
     """Of a layer that has three, in two."""
     tokens = 40
@@ -138,23 +123,24 @@ def test_fields_of_other_codes_frames_and_heads_are_stored_in_one_launch(
     rows = tuple(part[..., :dim] for part, (_, dim, _, _) in zip(split, kinds, strict=True))
     step = make_step([tokens], [tokens], torch.arange(len(ours[0].data)).flip(0)[None])
     reference.store(theirs, rows, step)
-    triton.store(ours, rows, step)
+    with grids(triton, "store_kernel") as launched:
+        triton.store(ours, rows, step)
     tiles = [-(-tokens * heads // 32) for _, _, heads, _ in kinds]
-    assert grids == [(sum(tiles[first : first + 2]),) for first in range(0, len(kinds), 2)]
+    assert launched == [(sum(tiles[first : first + 2]),) for first in range(0, len(kinds), 2)]
     assert all(torch.equal(one.data, other.data) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_rows_that_are_not_finite_are_counted_in_every_field(which: int, grids: list[tuple[int, ...]]) -> None:
+def test_rows_that_are_not_finite_are_counted_in_every_field(which: int) -> None:
     fields = tuple(zip(place("int8", 64, 2, 20), place("q4_0", 80, 1, 20), strict=True))
     rows = torch.randn(20, 2, 64), torch.randn(20, 1, 80)
     step = make_step([20], [20], torch.tensor([[1]]))
     rows[which][3, 0, 5] = rows[which][19, 0, 0] = math.nan
-    with pytest.raises(Corrupted, match="2 of 60 cache rows hold NaN or infinity"):
+    with grids(triton, "store_kernel") as launched, pytest.raises(Corrupted, match="2 of 60 cache rows hold NaN"):
         triton.store(fields[0], rows, step)
     with recording():
         reference.store(fields[1], rows, step)
-    assert len(grids) == 1
+    assert len(launched) == 1
     assert all(torch.equal(one.data, other.data) for one, other in zip(*fields, strict=True))
 
 
