@@ -13,8 +13,10 @@ from memory.toys import gqa, mla
 
 from truekv.formats.choice import codecs
 from truekv.formats.frame import Frame
+from truekv.kernels.cuda import paged as cuda
 from truekv.kernels.reference import paged as reference
 from truekv.kernels.triton import paged as triton
+from truekv.kernels.triton import tiles
 
 if TYPE_CHECKING:
     from kernels.native.cache import Cache
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from truekv.core.batch import Step
     from truekv.core.protocols import Stored
     from truekv.core.spec import Paged
+    from truekv.kernels.table import PagedKernels
 
 LAYERS = {"gqa-64": gqa(2, 64), "gqa-128": gqa(1, 128), "gqa-256": gqa(1, 256), "mla": mla(512, 64)}
 
@@ -61,6 +64,27 @@ def test_decode_verify_and_a_chunk(layer: Paged, name: str, group: int) -> None:
         # Weights of 11 bits and queries of half precision where rows are codes; of 8 bits where they are bfloat16.
         bound = 2e-2 if name == "bf16" else 5e-3
         assert float((got.cpu().double() - wanted).abs().max()) <= bound * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("backend", [triton, cuda], ids=["triton", "cuda"])
+@pytest.mark.parametrize(("name", "group"), [("bf16", 8), ("int8", 4), ("kv4", 8), ("kv4", 16)])
+def test_a_program_of_several_spans_leaves_the_same_bits(
+    name: str, group: int, backend: PagedKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever joins the sums of spans, they are joined in one order and rounded alike."""
+    cache = fill(gqa(1, 128), formats(name, name), [3500, 33, 600, 2049])
+    data = cache.fields[0].data.to(DEVICE)
+    fields = tuple(moved(stored, data) for stored in cache.fields)
+    step = on_device(cache.step([1] * 4))
+    queries = tuple(query.to(DEVICE) for query in cache.queries(step, group))
+    made: list[int] = []
+    empty = triton.Sums.empty
+    monkeypatch.setattr(triton.Sums, "empty", lambda *given: made.append((sums := empty(*given)).each) or sums)
+    one = backend.attend(queries, fields, 0.1, None, step)
+    monkeypatch.setattr(tiles, "_MANY", 1)
+    several = backend.attend(queries, fields, 0.1, None, step)
+    assert made == [1, tiles.FOLD]
+    assert torch.equal(several, one)
 
 
 @pytest.mark.parametrize("name", sorted(codecs()))

@@ -17,7 +17,7 @@ from kernels.cuda import emulated as emulated_module
 from kernels.cuda import test_attend
 from kernels.cuda.emulated import Emulated
 from kernels.triton import test_largest, test_ops, test_paged, test_scans, test_store
-from memory.toys import gdn
+from memory.toys import gdn, gqa
 from mutants.mutant import Mutant, Patch
 
 from truekv.kernels.cuda import compiler, kernel
@@ -173,8 +173,19 @@ MUTANTS: Final = (
         "merge forgets the largest",
         "spans are merged relative to the largest score of the span before, not of all before",
         test_paged.test_lengths_at_the_edges_of_blocks_and_spans,
-        in_triton(frames, "_joined", "largest_R = raised_R", "largest_R = top_R"),
+        in_triton(frames, "fold", "return mean, raised_M,", "return mean, top_M,"),
         length=2 * SPAN + 1,
+    ),
+    triton(
+        "spans run into one another",
+        "a program of several spans adds up their keys one by one, not span by span",
+        test_paged.test_a_program_of_several_spans_leaves_the_same_bits,
+        in_triton(paged, "attend_kernel", "block % span_keys == 0", "block < 0"),
+        layer=gqa(2, 64),
+        keys="int8",
+        values="kv4",
+        group=4,
+        new=2,
     ),
     triton(
         "padded tokens stored",
@@ -277,7 +288,7 @@ MUTANTS: Final = (
         "warps forget the largest",
         "the warps' sums of weights are added up as if all had the same largest score",
         test_attend.test_lengths_at_the_edges_of_pages_and_spans,
-        in_cuda("sums[w][slot] * power(tops[w][slot] - most)", "sums[w][slot]"),
+        in_cuda("sums[w][threadIdx.x % 8] * power(tops[w][threadIdx.x % 8] - most)", "sums[w][threadIdx.x % 8]"),
         length=129,
     ),
     cpp(

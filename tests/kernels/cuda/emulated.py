@@ -24,14 +24,18 @@ class Emulated:
     """What `kernel.load` returns on a device; `text` is other PTX than the kernel's."""
 
     def __init__(self, text: str = "") -> None:
-        self.launches = 0
+        self.grids: list[tuple[int, int, int]] = []
         self._text = text
+
+    @property
+    def launches(self) -> int:
+        return len(self.grids)
 
     def load(self, kind: kernel.Kind, _device: torch.device) -> Emulated:
         self.program = Program.read(self._text or ptx(kind))
         return self
 
     def launch(self, grid: tuple[int, int, int], arguments: tuple[object, ...]) -> None:
-        self.launches += 1
+        self.grids.append(grid)
         given = [item if isinstance(item, torch.Tensor) else item.value for item in arguments]  # type: ignore[attr-defined]
         Launch(self.program, grid, given).run()

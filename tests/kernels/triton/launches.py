@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 HEADS, GROUP, ROWS = 8, 8, 3
 WIDTH: Final = 20
 """Pages of a row's table."""
+MANY: Final = 12000
+"""So many that programs take several spans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ def attention(
     return Launch(
         f"{kernel}[{names}] D={laid[0].dim}"
         + (f" G={group} M={queries}" if kernel == "attend" else "")
+        + (" in fours" if kernel == "attend" and width == MANY else "")
         + (" in a window" if layer.window else ""),
         f"{kernel}_kernel",
         lambda: attend(memory, group, _step(queries // group, width), layer.window),
@@ -142,8 +145,10 @@ def _attended() -> Iterator[Launch]:
     yield attention(gqa(HEADS, 128), ("q8_0", "q4_0"), 64)
     for code, queries in itertools.product(_CODES, (8, 64)):
         yield attention(gqa(HEADS, 128, window=300), (code, code), queries)
-    for codes, queries in itertools.product(_MLA, (16, 64)):
-        yield attention(mla(512, 64), codes, queries, 16)
+    for codes, (queries, group) in itertools.product(_MLA, ((16, 16), (20, 20), (64, 16))):
+        yield attention(mla(512, 64), codes, queries, group)
+    for code, dim, queries in itertools.product(_CODES, (128, 256), (8, 16)):
+        yield attention(gqa(HEADS, dim), (code, code), queries, width=MANY)
 
 
 def _around() -> Iterator[Launch]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.triton.grids import grids
+from kernels.triton.watched import Watched
 
 from truekv.core.ops import Expert, Part, Routing
 from truekv.kernels.reference.ops import OPS as REFERENCE
@@ -166,9 +166,10 @@ def test_queries_and_keys_are_normed_and_turned_in_one_launch(
     gains = [random(dim, seed=7 + place) + 1.0 if wanted else None for place, wanted in enumerate(gained)]
     normed = [x if gain is None else TRITON.rms_norm(x, gain, 1e-6) for x, gain in zip(heads, gains, strict=True)]
     expected = [TRITON.norm_rotate((x,), (None,), 0.0, cos, sin, interleaved=interleaved)[0] for x in normed]
-    with grids(on_rows, "_norm_rotate") as launched:
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "_norm_rotate", on_rows)
         got = TRITON.norm_rotate(heads, gains, 1e-6, cos, sin, interleaved=interleaved)
-    assert launched == [(5 * tokens,)] * (tokens > 0)
+    assert watched.grids == [(5 * tokens,)] * (tokens > 0)
     for ours, wanted, x in zip(got, expected, heads, strict=True):
         assert ours.dtype == dtype
         assert ours.shape == x.shape

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from kernels.native.cache import fill, formats
-from kernels.triton.grids import grids
+from kernels.triton.watched import Watched
 from memory.toys import gqa, mla
 
 from truekv.core.errors import Refused
@@ -18,9 +18,9 @@ from truekv.core.spec import Field, Paged
 from truekv.core.untouched import untouched
 from truekv.formats.choice import codecs
 from truekv.kernels.reference import paged as reference
-from truekv.kernels.triton import layout
+from truekv.kernels.triton import layout, tiles
 from truekv.kernels.triton import paged as triton
-from truekv.kernels.triton.tiles import SPAN
+from truekv.kernels.triton.tiles import FOLD, SPAN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,19 +120,75 @@ def test_spans_are_joined_before_they_are_merged(
     keys: str, values: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one span, of as many as are joined, and of more than that twice over."""
-    cache = fill(gqa(1, 64, window), formats(keys, values), [40, 2 * SPAN, 2 * SPAN + 1, 4 * SPAN + 70], measured=True)
+    lengths = [40, FOLD * SPAN, FOLD * SPAN + 1, 2 * FOLD * SPAN + 70]
+    cache = fill(gqa(1, 64, window), formats(keys, values), lengths, measured=True)
     step = cache.step([1, 1, 2, 3])
     queries = cache.queries(step, 2)
-    with grids(triton, "join_kernel") as launched:
-        expected = run(cache, step, queries)
-        assert not launched
-        monkeypatch.setattr(triton, "JOINED", 2)
-        got = run(cache, step, queries)
-    assert launched == [(1, 3)]
-    assert torch.equal(got[:2], expected[:2])
-    # The others add up in another order, unless a window leaves them no more.
-    assert torch.equal(got[2:], expected[2:]) == (window == 700)
+    watched = Watched(monkeypatch, "join_kernel")
+    expected = run(cache, step, queries)
+    assert not watched.grids
+    monkeypatch.setattr(triton, "JOINED", FOLD)
+    assert torch.equal(run(cache, step, queries), expected), "a row of no more spans than are joined has the same bits"
+    assert watched.grids == [(1, 3)]
     assert error(cache, [1, 1, 2, 3], 2) < ROTATED
+
+
+def test_many_spans_are_joined_in_an_order_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = fill(gqa(1, 64), formats("int8", "bf16"), [40, (3 * FOLD + 1) * SPAN + 70])
+    step = cache.step([1, 2])
+    queries = cache.queries(step, 2)
+    monkeypatch.setattr(triton, "JOINED", 2 * FOLD)
+    expected = run(cache, step, queries)
+    monkeypatch.setattr(triton, "JOINED", 4 * FOLD)
+    got = run(cache, step, queries)
+    assert torch.equal(got[:1], expected[:1])
+    assert not torch.equal(got[1:], expected[1:]), "the order of sums is one that a test can see"
+    assert error(cache, [1, 2], 2) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("layer", "keys", "values", "group", "new"),
+    [
+        (gqa(2, 64), "int8", "kv4", 4, 2),
+        (gqa(1, 64, 700), "kv4", "kv4", 2, 2),
+        (gqa(1, 64, 2500), "bf16", "int8", 8, 2),
+        (mla(128, 64), "int8", "int8", 16, 1),
+    ],
+)
+def test_a_program_of_several_spans_leaves_the_same_bits(
+    layer: Paged, keys: str, values: str, group: int, new: int
+) -> None:
+    """Rows that end in the first, a middle and the last span of a program, and one whose last program has one."""
+    lengths = [40, SPAN + 1, FOLD * SPAN, (FOLD + 1) * SPAN, (2 * FOLD - 1) * SPAN + 90]
+    cache = fill(layer, formats(keys, values), lengths, measured=True)
+    step = cache.step([1, new, 1, 1, new])
+    queries = cache.queries(step, group)
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "attend_kernel")
+        one = run(cache, step, queries)
+        patched.setattr(tiles, "_MANY", 1)
+        several = run(cache, step, queries)
+        heads = 5 * layer.fields[0].heads
+        assert watched.grids == [(1, heads, 2 * FOLD), (1, heads, 2)]
+        assert torch.equal(several, one)
+        # So have those that other programs join first.
+        patched.setattr(triton, "JOINED", FOLD)
+        assert torch.equal(run(cache, step, queries), one)
+        patched.setattr(tiles, "_MANY", 1 << 20)
+        assert torch.equal(run(cache, step, queries), one)
+
+
+def test_programs_of_several_spans_are_for_steps_that_have_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiles.spans_of_a_program(FOLD * 2048 - 1) == 1
+    assert tiles.spans_of_a_program(FOLD * 2048) == FOLD
+    # A window's programs are those that see something; long chunks have long spans instead.
+    monkeypatch.setattr(tiles, "_MANY", 4)
+    for window, new, each in ((None, 1, FOLD), (SPAN, 1, 1), (7 * SPAN, 1, FOLD), (None, 40, 1)):
+        cache = fill(gqa(1, 64, window), formats("int8", "bf16"), [8 * SPAN, 8 * SPAN])
+        step = cache.step([new, new])
+        watched = Watched(monkeypatch, "attend_kernel")
+        run(cache, step, cache.queries(step, 2))
+        assert [grid[2] for grid in watched.grids] == [8 // each if new == 1 else 2]
 
 
 @pytest.mark.parametrize("window", [1, 2, 31, 33, 100, 200, SPAN, SPAN + 100, 2000])
@@ -322,9 +378,10 @@ def test_queries_enter_both_frames_of_a_latent_row_in_one_launch(names: tuple[st
         triton.into_frame((query,), (item,), (row,), 0.3, (dtype,))[0]
         for query, item, row, dtype in zip(queries, cache.fields, laid, dtypes, strict=True)
     ]
-    with grids(triton, "query_kernel") as launched:
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "query_kernel")
         together = triton.into_frame(queries, cache.fields, laid, 0.3, dtypes)
-    assert launched == [(-(-tokens * 5 // 16), 2)] * (tokens > 0)
+    assert watched.grids == [(-(-tokens * 5 // 16), 2)] * (tokens > 0)
     for got, wanted, row, dtype in zip(together, apart, laid, dtypes, strict=True):
         assert got[0].dtype == dtype
         assert got[0].shape == (tokens, 5, row.columns)

@@ -12,7 +12,7 @@ import triton.language as tl
 from formats.test_conformance import hard_rows
 from kernels.native.cache import PAGE, make_step
 from kernels.native.test_store import place
-from kernels.triton.grids import grids
+from kernels.triton.watched import Watched
 
 from truekv.core.errors import Corrupted
 from truekv.core.recording import recording
@@ -123,10 +123,11 @@ def test_fields_of_other_codes_frames_and_heads_are_stored_in_one_launch(
     rows = tuple(part[..., :dim] for part, (_, dim, _, _) in zip(split, kinds, strict=True))
     step = make_step([tokens], [tokens], torch.arange(len(ours[0].data)).flip(0)[None])
     reference.store(theirs, rows, step)
-    with grids(triton, "store_kernel") as launched:
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "store_kernel")
         triton.store(ours, rows, step)
     tiles = [-(-tokens * heads // 32) for _, _, heads, _ in kinds]
-    assert launched == [(sum(tiles[first : first + 2]),) for first in range(0, len(kinds), 2)]
+    assert watched.grids == [(sum(tiles[first : first + 2]),) for first in range(0, len(kinds), 2)]
     assert all(torch.equal(one.data, other.data) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -136,11 +137,13 @@ def test_rows_that_are_not_finite_are_counted_in_every_field(which: int) -> None
     rows = torch.randn(20, 2, 64), torch.randn(20, 1, 80)
     step = make_step([20], [20], torch.tensor([[1]]))
     rows[which][3, 0, 5] = rows[which][19, 0, 0] = math.nan
-    with grids(triton, "store_kernel") as launched, pytest.raises(Corrupted, match="2 of 60 cache rows hold NaN"):
-        triton.store(fields[0], rows, step)
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "store_kernel")
+        with pytest.raises(Corrupted, match="2 of 60 cache rows hold NaN or infinity"):
+            triton.store(fields[0], rows, step)
     with recording():
         reference.store(fields[1], rows, step)
-    assert len(launched) == 1
+    assert len(watched.grids) == 1
     assert all(torch.equal(one.data, other.data) for one, other in zip(*fields, strict=True))
 
 

@@ -78,6 +78,10 @@ __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a
   }
 MULTIPLY_BYTES(multiply_high, "s8")
 MULTIPLY_BYTES(multiply_low, "u8")
+// Sums of some keys and of later ones, rounded as tl.fma does.
+__device__ __forceinline__ float join(float sum, float old, float added, float by) {
+  return __fmaf_rn(sum, old, __fmul_rn(added, by));
+}
 template <int WORDS>
 __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
   if constexpr (WORDS == 1) {
@@ -154,7 +158,7 @@ __device__ __forceinline__ void load_values(Rows& rows, Places at, u32 page, u32
 }
 
 // Arguments as of attend_kernel in kernels/triton/attention.py, queries in float32. Grid: (kv heads, batch rows,
-// spans / each): a block takes `each` spans, one after the other, and they come out as if each had a block.
+// spans / each): a block takes `each` spans, one after the other, and joins their sums as join_kernel does.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
     attend(const unsigned char* __restrict__ keys, const unsigned char* __restrict__ values,
            const float* __restrict__ query, const float* __restrict__ factor, const i64* __restrict__ gather,
@@ -163,6 +167,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
            u32 value_page_bytes, i64 tokens, int longest, int width, int window, int group, int each) {
   __shared__ float tops[WARPS][8], sums[WARPS][8];
   __shared__ __align__(16) float means[WARPS][8][DIM + 4];
+  // Of the spans before.
+  __shared__ float joined_top[8], joined_sum[8];
+  __shared__ __align__(16) float joined[8][DIM + 4];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int head = blockIdx.x, row = blockIdx.y;
   const int start = (int)position[row], added = (int)count[row];
@@ -205,12 +212,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
     // Not 0, because minus infinity times it is to be minus infinity; and what is no number stays none.
     if (by[i] < 1e-37f) by[i] = 1e-37f;
   }
+  // Whatever a thread has here, it alone writes.
+#pragma unroll
+  for (int k = 0; k < DIM / 64; k++) {
+    const int at = threadIdx.x + 32 * WARPS * k;
+    *(float4*)(joined[at / (DIM / 4)] + at % (DIM / 4) * 4) = make_float4(0, 0, 0, 0);
+  }
+  if (threadIdx.x < 8) {
+    joined_top[threadIdx.x] = LOWEST;
+    joined_sum[threadIdx.x] = 0;
+  }
   const int seen_by_all = (start + 1) / PAGE, hidden = window > 0 ? (start + added - window + PAGE - 1) / PAGE : 0;
 
   for (int span = blockIdx.z * each; span < ((int)blockIdx.z + 1) * each; span++) {
     int low = span * SPAN;
     const int end = smaller(low + SPAN, start + added);
-    if (low >= end) return;
+    if (low >= end) break;
     if (window > 0 && start - window >= low) low = (start - window + 1) / PAGE * PAGE;
     if (low >= end) continue;
     int last[2], first[2];
@@ -364,29 +381,46 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
 #pragma unroll
     for (int k = 0; k < DIM / 64; k++) {
       const int at = threadIdx.x + 32 * WARPS * k, slot = at / (DIM / 4), column = at % (DIM / 4) * 4;
-      const int n = slot % 4 * 2 + slot / 4;
-      if (token_of(n) >= added) continue;
-      const i64 out = span * tokens * heads * group + place(n);
       float4 all = *(float4*)(means[0][slot] + column);
+      float most = tops[0][slot];
 #pragma unroll
       for (int w = 1; w < WARPS; w++) {
         const float4 part = *(float4*)(means[w][slot] + column);
         all = make_float4(all.x + part.x, all.y + part.y, all.z + part.z, all.w + part.w);
+        most = fmaxf(most, tops[w][slot]);
       }
-      *(float4*)(average + out * DIM + column) = all;
+      const float raised = fmaxf(joined_top[slot], most);
+      const float old = power(joined_top[slot] - raised), added_by = power(most - raised);
+      float4* before = (float4*)(joined[slot] + column);
+      *before = make_float4(join(before->x, old, all.x, added_by), join(before->y, old, all.y, added_by),
+                            join(before->z, old, all.z, added_by), join(before->w, old, all.w, added_by));
     }
-    if (const int n = threadIdx.x; n < 8 && token_of(n) < added) {
-      const int slot = n % 2 * 4 + n / 2;
-      const i64 out = span * tokens * heads * group + place(n);
-      float most = tops[0][slot], weights = 0;
+    float most = tops[0][threadIdx.x % 8], weights = 0;
 #pragma unroll
-      for (int w = 1; w < WARPS; w++) most = fmaxf(most, tops[w][slot]);
+    for (int w = 1; w < WARPS; w++) most = fmaxf(most, tops[w][threadIdx.x % 8]);
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) weights += sums[w][slot] * power(tops[w][slot] - most);
-      largest[out] = most;
-      total[out] = weights;
-    }
-    // What the warps left is read before the next span's is written.
+    for (int w = 0; w < WARPS; w++) weights += sums[w][threadIdx.x % 8] * power(tops[w][threadIdx.x % 8] - most);
+    // What was left is read before the next span's is written.
     __syncthreads();
+    if (threadIdx.x < 8) {
+      const float before = joined_top[threadIdx.x], raised = fmaxf(before, most);
+      joined_sum[threadIdx.x] = join(joined_sum[threadIdx.x], power(before - raised), weights, power(most - raised));
+      joined_top[threadIdx.x] = raised;
+    }
+  }
+
+  const i64 first_out = blockIdx.z * tokens * heads * group;
+#pragma unroll
+  for (int k = 0; k < DIM / 64; k++) {
+    const int at = threadIdx.x + 32 * WARPS * k, slot = at / (DIM / 4), column = at % (DIM / 4) * 4;
+    const int n = slot % 4 * 2 + slot / 4;
+    if (token_of(n) < added) *(float4*)(average + (first_out + place(n)) * DIM + column) = *(float4*)(joined[slot] + column);
+  }
+  if (const int slot = threadIdx.x; slot < 8) {
+    const int n = slot % 4 * 2 + slot / 4;
+    if (token_of(n) < added) {
+      largest[first_out + place(n)] = joined_top[slot];
+      total[first_out + place(n)] = joined_sum[slot];
+    }
   }
 }

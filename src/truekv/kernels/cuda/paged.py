@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _CODES: Final = {"kv4": "kv4", "turboquant_4bit": "kv4", "int8": "int8"}
 """By format: those that are stored alike are one code."""
-_MANY: Final = 8192
 _ROLES: Final = ["key", "value"]
 
 refusal = triton.refusal
@@ -49,13 +48,9 @@ def attend(
     row_k, row_v = triton.aligned(key), triton.aligned(value)
     ((framed, factor),) = triton.into_frame(queries, (key,), (row_k,), scale, (torch.float32,))
     width = step.pages.shape[1]
-    spans = -(-width * PAGE_TOKENS // SPAN)
-    each = spans_of_a_block(batch * heads * spans)
-    average = torch.empty(spans, tokens, query_heads, dim, device=framed.device)
-    largest = torch.empty(spans, tokens, query_heads, device=framed.device)
-    total = torch.empty_like(largest)
+    sums = triton.Sums.empty((tokens, query_heads, dim), batch * heads, SPAN, window, value, step)
     load(kind, framed.device).launch(
-        (heads, batch, -(-spans // each)),
+        (heads, batch, len(sums.average)),
         (
             key.data[:, key.start :],
             value.data[:, value.start :],
@@ -65,9 +60,9 @@ def attend(
             step.position,
             step.count,
             step.pages.contiguous(),
-            average,
-            largest,
-            total,
+            sums.average,
+            sums.largest,
+            sums.total,
             ctypes.c_uint32(key.data.stride(0)),
             ctypes.c_uint32(value.data.stride(0)),
             ctypes.c_int64(tokens),
@@ -75,15 +70,10 @@ def attend(
             ctypes.c_int32(width),
             ctypes.c_int32(window or 0),
             ctypes.c_int32(group),
-            ctypes.c_int32(each),
+            ctypes.c_int32(sums.each),
         ),
     )
-    return triton.merge(value, row_v, (average, largest, total), SPAN, window, queries[0].dtype, step)
-
-
-def spans_of_a_block(spans: int) -> int:
-    """Return how many spans a block takes, of so many in all: more than one only where all processors stay busy."""
-    return 4 if spans >= _MANY else 2 if spans >= _MANY // 2 else 1
+    return triton.merge(value, row_v, sums, window, queries[0].dtype, step)
 
 
 def _kind(fields: Seq[Field], formats: Seq[CacheFormat]) -> Kind | None:

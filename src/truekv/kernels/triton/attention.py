@@ -1,14 +1,15 @@
 """Attention over stored rows: decode, verify and prefill are one kernel, and so are latent and grouped heads.
 
-One program reads a span of one kv head's rows once and decodes them once, for all query heads that share it and all
-new tokens of a tile. It leaves the unnormalised average of each query row over that span, with the span's largest
-score and sum of weights; frames.py merges the spans. Spans and blocks of keys start at fixed positions, so a row's
-sums run in one order whatever its companions and the width of the table. How many query rows a tile has follows the
-longest chunk of the step, and is part of that order: a token alone and the same token in a long chunk may differ in
-their last bits.
+One program reads one span of one kv head's rows, or some that follow one another, once and decodes them once, for all
+query heads that share it and all new tokens of a tile. It leaves the unnormalised average of each query row over them,
+with the largest score and the sum of weights; frames.py merges what programs leave. Spans and blocks of keys start at
+fixed positions, and the sums of so many spans are folded into one first, by whichever program has them, so a row's sums
+run in one order whatever its companions and the width of the table. How many query rows a tile has follows the longest
+chunk of the step, and is part of that order: a token alone and the same token in a long chunk may differ in their last
+bits.
 
-Weights enter the second product as numbers of half precision between 0 and 2^15: relative to the block's largest they
-keep 11 bits down to 2^-29. Scores and sums are float32.
+Weights, times the scales of rows where they have any, enter the second product as numbers of half precision between 0
+and 2^15: relative to the largest so far they keep 11 bits down to 2^-29. Scores and sums are float32.
 """
 
 # Shape suffixes: M query rows of a tile, N keys of a block, C columns.
@@ -22,6 +23,18 @@ from truekv.kernels.triton.codes import read_rows
 
 # Stands for the maximum of no scores: a number, so that a difference of two is one too.
 LOWEST = tl.constexpr(-3.0e38)
+# 2^-24, of the numbers of half precision that are not 0.
+SMALLEST = tl.constexpr(5.9604644775390625e-8)
+
+
+@triton.jit
+def fold(mean, largest_M, total_M, part, top_M, weights_M, ACROSS: tl.constexpr):
+    """Join the sums of some keys and those of later ones."""
+    raised_M = tl.maximum(largest_M, top_M)
+    old_M, new_M = tl.exp2(largest_M - raised_M), tl.exp2(top_M - raised_M)
+    # Rounded alike in whichever kernel that is.
+    mean = tl.fma(mean, tl.broadcast_to(_query_wise(old_M, ACROSS), mean.shape), part * _query_wise(new_M, ACROSS))
+    return mean, raised_M, tl.fma(total_M, old_M, weights_M * new_M)
 
 
 @triton.jit(
@@ -41,9 +54,9 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     position,
     count,
     pages,
-    average,  # out: float32 [spans, T, H, columns of the value]
-    largest,  # out: float32 [spans, T, H], largest score in powers of two
-    total,  # out: float32 [spans, T, H], sum of the weights
+    average,  # out: float32 [spans / EACH, T, H, columns of the value]
+    largest,  # out: float32 [spans / EACH, T, H], largest score in powers of two
+    total,  # out: float32 [spans / EACH, T, H], sum of the weights
     first_page_bytes,
     second_page_bytes,
     value_page_bytes,
@@ -66,10 +79,10 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACROSS: tl.constexpr,  # whether keys are the rows of scores, and queries their columns
+    EACH: tl.constexpr,  # spans of a program
 ):
-    """Grid: (tiles of query rows, batch rows * kv heads, spans)."""
+    """Grid: (tiles of query rows, batch rows * kv heads, spans / EACH)."""
     row, head = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
-    span = tl.program_id(2).to(tl.int64)
     start = tl.load(position + row).to(tl.int32)
     new = tl.load(count + row).to(tl.int32)
     # Query rows: the heads of a group side by side, token after token.
@@ -79,8 +92,8 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     position_M = start + chunk_M
     first_chunk = tl.program_id(0) * BLOCK_M // GROUP
     last_chunk = tl.minimum(((tl.program_id(0) + 1) * BLOCK_M - 1) // GROUP, new - 1)
-    low = tl.program_id(2) * span_keys
-    high = tl.minimum(low + span_keys, start + last_chunk + 1)
+    low = tl.program_id(2) * (span_keys * EACH)
+    high = tl.minimum(low + span_keys * EACH, start + last_chunk + 1)
     if WINDOWED:
         low = tl.maximum(low, (start + first_chunk - window + 1) // BLOCK_N * BLOCK_N)
     if (first_chunk >= new) | (low >= high):
@@ -102,12 +115,19 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     mean = tl.zeros([COLUMNS, BLOCK_M] if ACROSS else [BLOCK_M, COLUMNS], tl.float32)
     largest_M = tl.full([BLOCK_M], LOWEST, tl.float32)
     total_M = tl.zeros([BLOCK_M], tl.float32)
+    if EACH > 1:
+        folded, top_M, weights_M = mean, largest_M, total_M
     # A query row of nobody sees what the last one sees, and is not written.
     end = tl.minimum(start + new, high)
     last_M = tl.minimum(position_M, end - 1)
     table = pages + row * width
 
     for block in range(low, high, BLOCK_N):
+        if EACH > 1 and block % span_keys == 0:
+            folded, top_M, weights_M = fold(folded, top_M, weights_M, mean, largest_M, total_M, ACROSS)
+            mean = tl.zeros_like(mean)
+            largest_M = tl.full([BLOCK_M], LOWEST, tl.float32)
+            total_M = tl.zeros_like(total_M)
         key_N = block + tl.arange(0, BLOCK_N)
         first_G = block + PAGE_TOKENS * tl.arange(0, BLOCK_N // PAGE_TOKENS)
         page_G = tl.load(table + first_G // PAGE_TOKENS, mask=first_G < end, other=0)
@@ -132,28 +152,29 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
             seen &= _key_wise(key_N, ACROSS) > _query_wise(position_M - window, ACROSS)
         score = tl.where(seen, score, float("-inf"))
 
-        raised_M = tl.maximum(largest_M, tl.max(score, 0 if ACROSS else 1))
-        weight = tl.exp2(score - _query_wise(raised_M - 15.0, ACROSS))
-        old_M = tl.exp2(largest_M - raised_M)
-        total_M = total_M * old_M + tl.sum(weight, 0 if ACROSS else 1)
-        largest_M = raised_M
         if ROW_V is not None:
             v_NC, scale_N = read_rows(
                 value, page_G, written_GL, value_page_bytes, ROW_V, OPERAND_V, ARCH, VALUES=True, AHEAD=BLOCK_M < 64
             )
         else:
             v_NC = k_NC
-        mean *= _query_wise(old_M, ACROSS)
+        highest_M = tl.max(score, 0 if ACROSS else 1)
         if AVERAGED.factored:
-            # In units of the block's largest scale, so that no product of a weight and a scale is lost in fp16.
-            unit = tl.max(tl.abs(scale_N), 0)
-            unit = tl.where(unit > 0, unit, 1.0)
-            weight *= _key_wise(scale_N / unit, ACROSS)
-            mean += unit * _weighted(weight.to(OPERAND_V), v_NC, None, ACROSS)
-        else:
-            mean = _weighted(weight.to(OPERAND_V), v_NC, mean, ACROSS)
+            # What enters the second product are weights times scales: at most 2^15, as fp16 wants it.
+            highest_M += tl.log2(tl.maximum(tl.max(tl.abs(scale_N), 0), SMALLEST))
+        raised_M = tl.maximum(largest_M, highest_M)
+        weight = tl.exp2(score - _query_wise(raised_M - 15.0, ACROSS))
+        old_M = tl.exp2(largest_M - raised_M)
+        total_M = total_M * old_M + tl.sum(weight, 0 if ACROSS else 1)
+        largest_M = raised_M
+        if AVERAGED.factored:
+            weight *= _key_wise(scale_N, ACROSS)
+        mean *= _query_wise(old_M, ACROSS)
+        mean = _weighted(weight.to(OPERAND_V), v_NC, mean, ACROSS)
 
-    place_of_M = span * tokens * (HEADS * GROUP) + query_M
+    if EACH > 1:
+        mean, largest_M, total_M = fold(folded, top_M, weights_M, mean, largest_M, total_M, ACROSS)
+    place_of_M = tl.program_id(2).to(tl.int64) * tokens * (HEADS * GROUP) + query_M
     place = _query_wise(place_of_M * COLUMNS, ACROSS) + _key_wise(tl.arange(0, COLUMNS), ACROSS)
     tl.store(average + place, mean, mask=_query_wise(asked_M, ACROSS))
     tl.store(largest + place_of_M, largest_M, mask=asked_M)

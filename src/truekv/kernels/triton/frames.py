@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from truekv.kernels.triton.attention import LOWEST
+from truekv.kernels.triton.attention import LOWEST, fold
 from truekv.kernels.triton.codes import dims
 
 
@@ -184,32 +184,44 @@ def _joined(
     first,
     end,
     each,
+    unit,
+    FOLD: tl.constexpr,
     WINDOWED: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr,  # spans under way at once
+    STAGES: tl.constexpr,  # reads under way at once
 ):
-    """Join spans in their order, of which `each` lie joined in one. Read is what was written, where a row sees keys."""
+    """Join what spans left, in their order: `each` of them lie joined where the first of them did.
+
+    There is a place for every `unit` spans. Where each is alone, FOLD of them are joined first, as a program of the
+    attention kernel does that has so many. Read is what was written, where a row sees keys.
+    """
     column_C = tl.arange(0, COLUMNS)
     mean_RC = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
     largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
     total_R = tl.zeros([BLOCK_R], tl.float32)
-    # Each span waits for the last one's sums, but not for its bytes: with few rows there is little else to wait behind.
+    if FOLD > 1:
+        folded_RC, top_R, weights_R = mean_RC, largest_R, total_R
+    # Each waits for the sums of the one before but not for its bytes: with few rows there is little else to do.
     for span in tl.range(first, end, each, num_stages=STAGES):
+        if FOLD > 1 and span % FOLD == 0:
+            folded_RC, top_R, weights_R = fold(folded_RC, top_R, weights_R, mean_RC, largest_R, total_R, ACROSS=False)
+            mean_RC = tl.zeros_like(mean_RC)
+            largest_R = tl.full([BLOCK_R], LOWEST, tl.float32)
+            total_R = tl.zeros_like(total_R)
         read_R = _sees(asked_R, position_R, span * span_keys, each * span_keys, window, WINDOWED)
-        at_R = tl.cast(span, tl.int64) * rows + row_R
-        top_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
-        raised_R = tl.maximum(largest_R, top_R)
-        old_R, new_R = tl.exp2(largest_R - raised_R), tl.exp2(top_R - raised_R)
+        at_R = tl.cast(span // unit, tl.int64) * rows + row_R
         part_RC = tl.load(average + at_R[:, None] * COLUMNS + column_C[None, :], mask=read_R[:, None], other=0.0)
-        mean_RC = mean_RC * old_R[:, None] + part_RC * new_R[:, None]
-        total_R = total_R * old_R + tl.load(total + at_R, mask=read_R, other=0.0) * new_R
-        largest_R = raised_R
+        found_R = tl.load(largest + at_R, mask=read_R, other=LOWEST)
+        added_R = tl.load(total + at_R, mask=read_R, other=0.0)
+        mean_RC, largest_R, total_R = fold(mean_RC, largest_R, total_R, part_RC, found_R, added_R, ACROSS=False)
+    if FOLD > 1:
+        mean_RC, largest_R, total_R = fold(folded_RC, top_R, weights_R, mean_RC, largest_R, total_R, ACROSS=False)
     return mean_RC, largest_R, total_R
 
 
 @triton.jit(
-    do_not_specialize=["rows", "window", "span_keys"],
+    do_not_specialize=["rows", "window", "span_keys", "unit"],
     do_not_specialize_on_alignment=["owner", "offset", "position", "count"],
 )
 def join_kernel(
@@ -223,6 +235,8 @@ def join_kernel(
     rows,
     window,
     span_keys,
+    unit,
+    FOLD: tl.constexpr,
     COLUMNS: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -238,25 +252,25 @@ def join_kernel(
         return
     mean_RC, largest_R, total_R = _joined(
         *(average, largest, total, row_R, asked_R, position_R, rows, window, span_keys),
-        *(first, tl.minimum(first + JOINED, spans), 1, WINDOWED, COLUMNS, BLOCK_R, STAGES),
+        *(first, tl.minimum(first + JOINED, spans), unit, unit, FOLD, WINDOWED, COLUMNS, BLOCK_R, STAGES),
     )
     # Every thread has read the first span.
     tl.debug_barrier()
     seen_R = _sees(asked_R, position_R, first * span_keys, JOINED * span_keys, window, WINDOWED)
-    at_R = tl.cast(first, tl.int64) * rows + row_R
+    at_R = tl.cast(first // unit, tl.int64) * rows + row_R
     tl.store(average + at_R[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], mean_RC, mask=seen_R[:, None])
     tl.store(largest + at_R, largest_R, mask=seen_R)
     tl.store(total + at_R, total_R, mask=seen_R)
 
 
 @triton.jit(
-    do_not_specialize=["rows", "window", "span_keys", "each"],
+    do_not_specialize=["rows", "window", "span_keys", "each", "unit"],
     do_not_specialize_on_alignment=["owner", "offset", "position", "count"],
 )
 def merge_kernel(
-    average,  # float32 [spans, T, H, C]
-    largest,  # float32 [spans, T, H]
-    total,  # float32 [spans, T, H]
+    average,  # float32 [spans / unit, T, H, C]
+    largest,  # float32 [spans / unit, T, H]
+    total,  # float32 [spans / unit, T, H]
     centre,  # float32 [K, D], or None
     scale,  # float32 [K, D], or None
     rotation,  # int8 [D, C], or None
@@ -269,6 +283,8 @@ def merge_kernel(
     window,
     span_keys,
     each,  # spans that are joined already
+    unit,
+    FOLD: tl.constexpr,  # spans that are joined first; 1 if they are already
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -288,7 +304,7 @@ def merge_kernel(
     spans = tl.max(tl.where(asked_R, position_R // span_keys + 1, 0), 0)
     mean_RC, _, total_R = _joined(
         *(average, largest, total, row_R, asked_R, position_R, rows, window, span_keys),
-        *(0, spans, each, WINDOWED, COLUMNS, BLOCK_R, STAGES),
+        *(0, spans, each, unit, FOLD, WINDOWED, COLUMNS, BLOCK_R, STAGES),
     )
     mean_RC = mean_RC / tl.where(total_R == 0, 1.0, total_R)[:, None]
 

@@ -6,6 +6,7 @@ replayed with other contents. Only `store` looks at what it stored, unless the s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import triton
@@ -20,7 +21,15 @@ from truekv.kernels.triton.encode import store_kernel
 from truekv.kernels.triton.frames import Blocks, join_kernel, merge_kernel, query_kernel
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.layout import Row, layout, rotation
-from truekv.kernels.triton.tiles import arch, attend_options, operand, span_keys, torch_operand
+from truekv.kernels.triton.tiles import (
+    FOLD,
+    arch,
+    attend_options,
+    operand,
+    span_keys,
+    spans_of_a_program,
+    torch_operand,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -96,20 +105,18 @@ def attend(
     layouts_of = [aligned(item) for item in scored]
     row_v = aligned(value)
     heads, tokens, query_heads = value.field.heads, queries[0].shape[0], queries[0].shape[1]
-    group, device = query_heads // heads, queries[0].device
+    group = query_heads // heads
     batch, longest = step.gather.shape
     framed = into_frame(queries, scored, layouts_of, scale, [torch_operand(row) for row in layouts_of])
     capability = arch()
     options = attend_options((*layouts_of, row_v), group * longest, capability)
     tiles = triton.cdiv(group * longest, options.queries)
     span = span_keys(tiles)
-    spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, span)
-    average = torch.empty(spans, tokens, query_heads, row_v.columns, device=device)
-    largest = torch.empty(spans, tokens, query_heads, device=device)
-    total = torch.empty_like(largest)
+    programs = batch * heads if options.folds and tiles == 1 else 0
+    sums = Sums.empty((tokens, query_heads, row_v.columns), programs, span, window, value, step)
     second = scored[1] if len(scored) > 1 else None
     shared = value is scored[0]
-    attend_kernel[(tiles, batch * heads, spans)](
+    attend_kernel[(tiles, batch * heads, len(sums.average))](
         scored[0].data[:, scored[0].start :],
         None if second is None else second.data[:, second.start :],
         None if shared else value.data[:, value.start :],
@@ -121,9 +128,9 @@ def attend(
         step.position,
         step.count,
         step.pages,
-        average,
-        largest,
-        total,
+        sums.average,
+        sums.largest,
+        sums.total,
         scored[0].data.stride(0),
         0 if second is None else second.data.stride(0),
         value.data.stride(0),
@@ -146,10 +153,11 @@ def attend(
         BLOCK_M=options.queries,
         BLOCK_N=options.keys,
         ACROSS=options.across,
+        EACH=sums.each,
         num_warps=options.warps,
         num_stages=options.stages,
     )
-    return merge(value, row_v, (average, largest, total), span, window, queries[0].dtype, step)
+    return merge(value, row_v, sums, window, queries[0].dtype, step)
 
 
 def into_frame(
@@ -193,18 +201,44 @@ def _blocks(row: Row) -> Blocks:
     return Blocks(_part(32, row.columns), dims, _part(128, dims))
 
 
-def merge(
-    value: Stored,
-    row: Row,
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    span: int,
-    window: int | None,
-    dtype: torch.dtype,
-    step: Step,
-) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What programs leave of the spans of a step's rows, to be merged."""
+
+    average: torch.Tensor
+    """Float32 [places, T, H, columns]."""
+    largest: torch.Tensor
+    """Float32 [places, T, H]."""
+    total: torch.Tensor
+    """Float32 [places, T, H]."""
+    keys: int
+    """Of a span."""
+    spans: int
+    """Of the page table's width."""
+    each: int
+    """Spans that lie joined in one place."""
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int], programs: int, keys: int, window: int | None, value: Stored, step: Step
+    ) -> Sums:
+        """Make room for queries [T, H, columns].
+
+        `programs`: how many a span takes, if they can have several spans each, else 0.
+        """
+        spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, keys)
+        seen = spans if window is None else min(spans, triton.cdiv(window, keys) + 1)
+        each = spans_of_a_program(programs * seen)
+        places = triton.cdiv(spans, each)
+        average = torch.empty(places, *shape, device=step.pages.device)
+        largest = torch.empty(places, *shape[:2], device=average.device)
+        return cls(average, largest, torch.empty_like(largest), keys, spans, each)
+
+
+def merge(value: Stored, row: Row, sums: Sums, window: int | None, dtype: torch.dtype, step: Step) -> torch.Tensor:
     """Return the averages [T, H, D] of all spans, out of the frame of the values."""
-    average, largest, total = parts
-    spans, tokens, query_heads, _ = average.shape
+    average, spans, each = sums.average, sums.spans, sums.each
+    _, tokens, query_heads, _ = average.shape
     frame = value.frame
     made = dtype if dtype in {torch.float32, torch.bfloat16} and not INTERPRETED else torch.float32
     out = torch.empty(tokens, query_heads, row.dim, dtype=made, device=average.device)
@@ -214,7 +248,8 @@ def merge(
         stages = 4 if row.columns <= 256 else 3
         if spans > JOINED:
             join_kernel[(tiles, triton.cdiv(spans, JOINED))](
-                *(average, largest, total, *owners, tokens * query_heads, window or 0, span),
+                *(average, sums.largest, sums.total, *owners, tokens * query_heads, window or 0, sums.keys, each),
+                FOLD=FOLD // each,
                 COLUMNS=row.columns,
                 QUERY_HEADS=query_heads,
                 WINDOWED=window is not None,
@@ -225,8 +260,8 @@ def merge(
             )
         merge_kernel[(tiles,)](
             average,
-            largest,
-            total,
+            sums.largest,
+            sums.total,
             frame.centre,
             frame.scale,
             rotation(value, row, average.device) if frame.rotated else None,
@@ -234,8 +269,10 @@ def merge(
             out,
             tokens * query_heads,
             window or 0,
-            span,
-            JOINED if spans > JOINED else 1,
+            sums.keys,
+            JOINED if spans > JOINED else each,
+            each,
+            FOLD=1 if spans > JOINED else FOLD // each,
             ROW=row,
             HEADS=value.field.heads,
             GROUP=query_heads // value.field.heads,

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 SPAN: Final = 512
 """Keys of one program where the new tokens of a row fit into one tile; fixed, as it is part of the order of sums."""
+FOLD: Final = 4
+"""Spans whose sums are folded into one first, by one program that has all of them or by what merges them: fixed too."""
+_MANY: Final = 2048
+"""Programs that keep all processors busy where some of them end at once, as tables are up to 4 times too wide."""
 _QUERIES: Final = (8, 16, 32, 64)
 
 
@@ -32,6 +36,9 @@ class Options:
     warps: int
     stages: int
     """Blocks of keys under way at once."""
+
+    folds: bool
+    """Whether a program has registers for the sums of several spans."""
 
     @property
     def across(self) -> bool:
@@ -68,12 +75,20 @@ def attend_options(rows: Seq[Row], queries: int, capability: int) -> Options:
         keys, warps, stages = 128, 4, 3
     else:
         keys, warps, stages = 64, 4, 2 if deep else 3
-    return Options(tile, max(keys, rows[0].page_tokens), warps, stages)
+    return Options(tile, max(keys, rows[0].page_tokens), warps, stages, tile <= 16 and columns <= 256)
 
 
 def span_keys(tiles: int) -> int:
     """Return the keys of a program: more for more tiles of queries, so that what is merged does not grow with them."""
     return SPAN * triton.next_power_of_2(tiles)
+
+
+def spans_of_a_program(spans: int) -> int:
+    """Return how many spans a program takes, of so many in all: FOLD where that leaves enough programs, else 1.
+
+    Fewer programs wait less for their first rows, and leave less that is written and read again. It changes no bit.
+    """
+    return FOLD if spans >= FOLD * _MANY else 1
 
 
 def operand(row: Row) -> tl.dtype:
