@@ -121,20 +121,23 @@ def test_scores_depend_on_the_distance_alone_and_the_rest_of_a_head_is_kept(inte
 @both
 @pytest.mark.parametrize("gated", [False, True])
 def test_heads_are_normed_with_positions_and_without(gated: bool, ops: Ops) -> None:
-    """At position zero nothing is turned, so both ways are one."""
+    """At angles of zero nothing is turned, so both ways are one."""
     shape = GqaShape(32, 4, 2, 16, head_norm=True, gated=gated)
     tensors = {name: random(*size, seed=seed) for seed, (name, size) in enumerate(shape.tensors("").items())}
     layer, arena = shape.build(Weights(tensors, ops), ""), make_arena((shape.spec(),))
-    x_1C, memory = random(1, 32, seed=99), arena.layers[0]
-    step = arena.reserve([Chunk(arena.open(), [1])])
-    angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 16, 64), ops).angles(torch.tensor([0]))
-    turned, unturned = layer(x_1C, memory, step, angles), layer(x_1C, memory, step, None)
-    assert torch.equal(turned, unturned)
+    x_TC, memory = random(2, 32, seed=99), arena.layers[0]
+    step = arena.reserve([Chunk(arena.open(), [1, 2])])
+    angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 16, 64), ops).angles(torch.zeros(2, dtype=torch.int64))
     (key,) = planes(memory.stored[0])  # type: ignore[union-attr]
-    row_K1D = key[step.page, :, step.line].view(torch.float32)[0]
-    k_KD = (tensors["k_proj.weight"] @ x_1C[0]).view(2, 16)
-    expected_KD = k_KD * k_KD.square().mean(-1, keepdim=True).rsqrt() * tensors["k_norm.weight"]
-    torch.testing.assert_close(row_K1D, expected_KD, rtol=1e-5, atol=1e-5)
+    k_TKD = (x_TC @ tensors["k_proj.weight"].T).view(2, 2, 16)
+    expected_TKD = k_TKD * k_TKD.square().mean(-1, keepdim=True).rsqrt() * tensors["k_norm.weight"]
+    outs: list[torch.Tensor] = []
+    for turned in (angles, None):
+        outs.append(layer(x_TC, memory, step, turned))
+        rows_TKD = key[step.page, :, step.line].view(torch.float32)
+        torch.testing.assert_close(rows_TKD, expected_TKD, rtol=1e-5, atol=1e-5)
+    # Of the second token, whose weights depend on its query.
+    assert torch.equal(*outs)
 
 
 @both
