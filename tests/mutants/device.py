@@ -16,7 +16,7 @@ import torch
 from kernels.cuda import emulated as emulated_module
 from kernels.cuda import test_attend
 from kernels.cuda.emulated import Emulated
-from kernels.triton import test_largest, test_ops, test_paged, test_scans, test_store
+from kernels.triton import test_frames, test_largest, test_ops, test_paged, test_scans, test_store
 from memory.toys import gdn, gqa
 from mutants.mutant import Mutant, Patch
 
@@ -208,7 +208,7 @@ MUTANTS: Final = (
     triton(
         "frame of the other field",
         "the rotary part of a latent query is scaled as the latent part is",
-        test_paged.test_queries_enter_both_frames_of_a_latent_row_in_one_launch,
+        test_frames.test_queries_enter_both_frames_of_a_latent_row_in_one_launch,
         in_triton(paged, "query_kernel", "*(query2, scale2,", "*(query2, scale,"),
         names=("int8", "turboquant_fp8"),
         tokens=1,
