@@ -1,4 +1,4 @@
-"""The kernel in CUDA C++ on the device: compiled, tried, against the reference on the CPU, and replayed as a graph."""
+"""The kernels in CUDA C++ on the device: compiled, tried, against the reference on the CPU, and replayed as a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from kernels.native.cache import fill, formats
-from memory.toys import gqa
+from memory.toys import gqa, mla
 
 from truekv.engine.recording import CudaRecording
 from truekv.kernels.cuda import compiler, kernel, paged
@@ -58,34 +58,44 @@ def there(cache: Cache) -> tuple[Stored, ...]:
     return tuple(dataclasses.replace(item, data=item.data.to(DEVICE)) for item in cache.fields)
 
 
+def rows_of(kind: kernel.Kind, lengths: list[int], seed: int = 0) -> Cache:
+    layer = mla(kernel.LATENT, kernel.ROPE) if kind.tiles else gqa(2, kind.dim)
+    return fill(layer, formats(kind.keys, "int8" if kind.tiles else "kv4"), lengths, seed=seed)
+
+
 def error(cache: Cache, counts: list[int], group: int, launches: list[object]) -> float:
     step = cache.step(counts)
-    (query,) = cache.queries(step, group)
+    queries = cache.queries(step, group)
     scale, window = cache.layer.fields[0].dim ** -0.5, cache.layer.window
-    wanted = reference.attend((query,), cache.fields, scale, window, step).double()
+    wanted = reference.attend(queries, cache.fields, scale, window, step).double()
     before = len(launches)
-    got = paged.attend((query.to(DEVICE),), there(cache), scale, window, moved(step))
+    got = paged.attend(tuple(query.to(DEVICE) for query in queries), there(cache), scale, window, moved(step))
     assert len(launches) == before + 1
     return float(((got.double().cpu() - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
 
 
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KINDS, ids=str)
 def test_it_compiles_and_passes_its_trial(kind: kernel.Kind) -> None:
     assert kernel.problem(kind, torch.device(DEVICE, 0)) is None
     assert compiler.compiler().version
 
 
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KINDS, ids=str)
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 511, 512, 513, 3000])
 def test_lengths_and_kinds(length: int, kind: kernel.Kind, launches: list[object]) -> None:
-    cache = fill(gqa(2, kind.dim), formats(kind.keys, "kv4"), [length, 40], seed=length)
-    assert error(cache, [1, 2], 4, launches) < BOUND
+    cache = rows_of(kind, [length, 40], seed=length)
+    assert error(cache, [1, 2], 8 * kind.tiles - 4 if kind.tiles else 4, launches) < BOUND
 
 
 @pytest.mark.parametrize(("group", "counts"), [(1, [8, 3]), (2, [4, 1]), (3, [2, 1]), (5, [1, 1]), (8, [1, 1])])
 def test_groups_and_query_lengths(group: int, counts: list[int], launches: list[object]) -> None:
     cache = fill(gqa(2, 128), formats("kv4", "kv4"), [700, 33])
     assert error(cache, counts, group, launches) < BOUND
+
+
+@pytest.mark.parametrize(("heads", "counts"), [(1, [8, 3]), (20, [2, 1]), (20, [4, 1]), (128, [1, 1])])
+def test_heads_of_latent_rows(heads: int, counts: list[int], launches: list[object]) -> None:
+    assert error(rows_of(kernel.LATENTS[0], [2100, 33]), counts, heads, launches) < BOUND
 
 
 @pytest.mark.parametrize("window", [1, 31, 33, 100, 512, 700])
@@ -98,21 +108,22 @@ def captured(function: Callable[[], torch.Tensor]) -> CudaRecording:
     return CudaRecording(function, pool=torch.cuda.graph_pool_handle(), aside=torch.cuda.Stream())
 
 
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KINDS, ids=str)
 def test_a_graph_replays_what_eager_steps_compute_with_other_contents(
     kind: kernel.Kind, launches: list[object]
 ) -> None:
     """Another length, other queries and other pages in the same buffers; spans that nobody writes hold NaN."""
-    cache = fill(gqa(2, kind.dim), formats(kind.keys, "kv4"), [900, 700])
+    cache, group = rows_of(kind, [900, 700]), 4 * kind.tiles - 2 if kind.tiles else 4
     fields, steps = there(cache), [cache.shortened(lengths).step([2, 2]) for lengths in ([600, 40], [900, 700])]
-    held, query = moved(steps[0]), cache.queries(steps[0], 4)[0].to(DEVICE)
-    recording = captured(lambda: paged.attend((query,), fields, 0.1, None, held))
+    held, queries = moved(steps[0]), tuple(query.to(DEVICE) for query in cache.queries(steps[0], group))
+    recording = captured(lambda: paged.attend(queries, fields, 0.1, None, held))
     assert len(launches) == 2
     for step in (*steps, steps[0]):
         for item in dataclasses.fields(step):
             getattr(held, item.name).copy_(getattr(step, item.name))
-        query.copy_(cache.queries(step, 4)[0])
+        for query, other in zip(queries, cache.queries(step, group), strict=True):
+            query.copy_(other)
         replayed = recording.replay().clone()
         assert torch.isfinite(replayed).all()
-        assert torch.equal(replayed, paged.attend((query,), fields, 0.1, None, held))
+        assert torch.equal(replayed, paged.attend(queries, fields, 0.1, None, held))
     assert len(launches) == 5

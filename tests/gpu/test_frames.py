@@ -13,6 +13,7 @@ from memory.toys import gqa, mla
 
 from truekv.formats.choice import codecs
 from truekv.formats.frame import Frame
+from truekv.kernels.cuda import kernel
 from truekv.kernels.cuda import paged as cuda
 from truekv.kernels.reference import paged as reference
 from truekv.kernels.triton import paged as triton
@@ -67,12 +68,25 @@ def test_decode_verify_and_a_chunk(layer: Paged, name: str, group: int) -> None:
 
 
 @pytest.mark.parametrize("backend", [triton, cuda], ids=["triton", "cuda"])
-@pytest.mark.parametrize(("name", "group"), [("bf16", 8), ("int8", 4), ("kv4", 8), ("kv4", 16)])
+@pytest.mark.parametrize(
+    ("layer", "name", "group"),
+    [
+        (gqa(1, 128), "bf16", 8),
+        (gqa(1, 128), "int8", 4),
+        (gqa(1, 128), "kv4", 8),
+        (gqa(1, 128), "kv4", 16),
+        (mla(512, 64), "int8", 16),
+        (mla(512, 64), "int8", 20),
+    ],
+    ids=["bf16", "int8", "kv4", "kv4-16", "latent-16", "latent-20"],
+)
 def test_a_program_of_several_spans_leaves_the_same_bits(
-    name: str, group: int, backend: PagedKernels, monkeypatch: pytest.MonkeyPatch
+    layer: Paged, name: str, group: int, backend: PagedKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever joins the sums of spans, they are joined in one order and rounded alike."""
-    cache = fill(gqa(1, 128), formats(name, name), [3500, 33, 600, 2049])
+    if ON_DEVICE and backend is cuda and not kernel.runs_on(torch.device(DEVICE, 0)):
+        pytest.skip("needs a device of compute capability 9.0")
+    cache = fill(layer, formats(name, name), [3500, 33, 600, 2049])
     data = cache.fields[0].data.to(DEVICE)
     fields = tuple(moved(stored, data) for stored in cache.fields)
     step = on_device(cache.step([1] * 4))
@@ -83,7 +97,8 @@ def test_a_program_of_several_spans_leaves_the_same_bits(
     one = backend.attend(queries, fields, 0.1, None, step)
     monkeypatch.setattr(tiles, "_MANY", 1)
     several = backend.attend(queries, fields, 0.1, None, step)
-    assert made == [1, tiles.FOLD]
+    # Triton has no registers for that where rows are latent ones.
+    assert made == [1, 1 if backend is triton and layer.fields[0].role == "both" else tiles.FOLD]
     assert torch.equal(several, one)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from kernels.cuda import emulated as emulated_module
-from kernels.cuda import test_attend
+from kernels.cuda import test_attend, test_latent
 from kernels.cuda.emulated import Emulated
 from kernels.triton import test_frames, test_largest, test_ops, test_paged, test_scans, test_store
 from memory.toys import gdn, gqa
@@ -88,9 +88,9 @@ def in_cuda(old: str, new: str) -> Callable[[], list[Patch]]:
         found = compiler.nvcc()
         assert found is not None
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "attend.cu"
-            source.write_text(changed(kernel.SOURCE.read_text(), old, new))
-            return found.ptx(source, compiler.options(kernel.definitions(kind)))
+            source = Path(folder) / kind.source.name
+            source.write_text(changed(kind.source.read_text(), old, new))
+            return found.ptx(source, compiler.options(kind.definitions))
 
     return lambda: [Patch(emulated_module, "ptx", ptx)]
 
@@ -298,5 +298,34 @@ MUTANTS: Final = (
         in_cuda("key_scale[t][j / 2];", "key_scale[t][1 - j / 2];"),
         group=1,
         counts=[1, 1],
+    ),
+    cpp(
+        "causal edge of a latent row off by one",
+        "a token sees the draft that follows it",
+        test_latent.test_heads_and_query_lengths,
+        in_cuda("token > smaller(seen, end - 1)", "token > smaller(seen + 1, end - 1)"),
+        heads=5,
+        counts=[3, 7],
+        blocks=2,
+    ),
+    cpp(
+        "half of a rotary key",
+        "the second half of a rotary key meets the first half of its query",
+        test_latent.test_every_byte_in_every_place,
+        in_cuda("rope_queries[j][1][lane], page.rope.z", "rope_queries[j][0][lane], page.rope.z"),
+        kind=kernel.LATENTS[0],
+    ),
+    cpp(
+        "what bytes add is not scaled",
+        "where the largest score rises, averages are scaled, but not what is taken off in the end",
+        test_latent.test_lengths_at_the_edges_of_pages_and_spans,
+        in_cuda("offset[0] *= old.x;", ""),
+        length=96,
+    ),
+    cpp(
+        "spans before are forgotten",
+        "a block of several spans leaves what it has of the last one",
+        test_latent.test_many_query_rows_leave_no_more_sums_than_are_planned_for,
+        in_cuda("span ? *at : make_float2(0, 0)", "make_float2(0, 0)"),
     ),
 )

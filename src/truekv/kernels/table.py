@@ -216,8 +216,7 @@ def _in_cuda(layers: Layers) -> list[Kind]:
     """Return the kinds of kernels in CUDA C++ that attend to some of the layers."""
     from truekv.kernels.cuda.paged import taken
 
-    kinds = (taken(layer, names or ()) for layer, names in layers if isinstance(layer, Paged))
-    return [kind for kind in kinds if kind]
+    return [kind for layer, names in layers if isinstance(layer, Paged) for kind in taken(layer, names or ())]
 
 
 def _untrusted(layers: Layers, device: torch.device) -> str | None:
@@ -256,7 +255,7 @@ def _say_slow(reason: str) -> None:
 
 @functools.cache
 def _say_triton(reason: str) -> None:
-    logging.getLogger("truekv").warning("4-bit rows are attended to in Triton, which takes longer, because %s", reason)
+    logging.getLogger("truekv").warning("some rows are attended to in Triton, which takes longer, because %s", reason)
 
 
 def _paged(backend: str) -> PagedKernels:

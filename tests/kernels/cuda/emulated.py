@@ -1,14 +1,24 @@
-"""The CUDA kernel as its own PTX, run on the CPU in the place of the device."""
+"""The CUDA kernels as their own PTX, run on the CPU in the place of the device."""
 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from kernels.cuda.ptx import Launch, Program
 
-from truekv.kernels.cuda import compiler, kernel
+from truekv.kernels.cuda import compiler, kernel, paged
+from truekv.kernels.reference import paged as reference
+
+if TYPE_CHECKING:
+    from kernels.native.cache import Cache
+
+    from truekv.core.batch import Step
+
+BOUND = 2**-9
+"""Queries and weights are halves."""
 
 NEEDS_NVCC = pytest.mark.skipif(compiler.nvcc() is None, reason="needs nvcc, which makes the PTX that runs here")
 
@@ -17,7 +27,7 @@ NEEDS_NVCC = pytest.mark.skipif(compiler.nvcc() is None, reason="needs nvcc, whi
 def ptx(kind: kernel.Kind) -> str:
     found = compiler.nvcc()
     assert found is not None
-    return found.ptx(kernel.SOURCE, compiler.options(kernel.definitions(kind)))
+    return found.ptx(kind.source, compiler.options(kind.definitions))
 
 
 class Emulated:
@@ -39,3 +49,20 @@ class Emulated:
         self.grids.append(grid)
         given = [item if isinstance(item, torch.Tensor) else item.value for item in arguments]  # type: ignore[attr-defined]
         Launch(self.program, grid, given).run()
+
+
+def run(cache: Cache, step: Step, queries: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return paged.attend(queries, cache.fields, 0.11, cache.layer.window, step)
+
+
+def error(cache: Cache, counts: list[int], group: int, emulated: Emulated) -> float:
+    """Largest difference from the reference, relative to the largest number of each token and head."""
+    step = cache.step(counts)
+    queries = cache.queries(step, group)
+    scale = cache.layer.fields[0].dim ** -0.5
+    wanted = reference.attend(queries, cache.fields, scale, cache.layer.window, step).double()
+    before = emulated.launches
+    got = paged.attend(queries, cache.fields, scale, cache.layer.window, step).double()
+    assert emulated.launches == before + 1
+    assert got.shape == wanted.shape
+    return float(((got - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())

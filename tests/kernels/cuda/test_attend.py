@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from kernels.cuda.emulated import NEEDS_NVCC, Emulated, ptx
+from kernels.cuda.emulated import BOUND, NEEDS_NVCC, Emulated, error, ptx, run
 from kernels.cuda.ptx import Wrong
 from kernels.native.cache import fill, formats
 from memory.toys import gqa
@@ -22,55 +22,16 @@ from truekv.kernels.triton.codebook import LEVELS
 from truekv.kernels.triton.tiles import SPAN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kernels.native.cache import Cache
 
-    from truekv.core.batch import Step
 
 pytestmark = NEEDS_NVCC
-BOUND = 2**-9
-"""Queries and weights are halves."""
 SMALL = kernel.Kind("kv4", 64)
 LEVEL = torch.tensor(LEVELS["kv4"], dtype=torch.float64)
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    found = Emulated()
-    monkeypatch.setattr(paged, "load", found.load)
-    monkeypatch.setattr(kernel, "load", found.load)
-    return found
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_allocated_clean() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(mode=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(mode=before)
-
-
-def run(cache: Cache, step: Step, queries: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return paged.attend(queries, cache.fields, 0.11, cache.layer.window, step)
-
-
-def error(cache: Cache, counts: list[int], group: int, emulated: Emulated) -> float:
-    """Largest difference from the reference, relative to the largest number of each token and head."""
-    step = cache.step(counts)
-    queries = cache.queries(step, group)
-    scale = cache.layer.fields[0].dim ** -0.5
-    wanted = reference.attend(queries, cache.fields, scale, cache.layer.window, step).double()
-    before = emulated.launches
-    got = paged.attend(queries, cache.fields, scale, cache.layer.window, step).double()
-    assert emulated.launches == before + 1
-    assert got.shape == wanted.shape
-    return float(((got - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
-
-
 @pytest.mark.parametrize("values", ["kv4", "turboquant_4bit"])
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.GROUPED, ids=str)
 def test_every_kind_of_rows(kind: kernel.Kind, values: str, emulated: Emulated) -> None:
     keys = values if kind.keys == "kv4" else kind.keys
     cache = fill(gqa(2, kind.dim), formats(keys, values), [70, 33], measured=True, seed=kind.dim)
@@ -123,7 +84,7 @@ def planes(cache: Cache, which: int) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.GROUPED, ids=str)
 def test_every_code_in_every_place_is_its_level(kind: kernel.Kind, emulated: Emulated) -> None:
     """One key per sequence, met by queries that are one number each; and one value, which its average is."""
     dim, make = kind.dim, torch.Generator().manual_seed(kind.dim)
@@ -295,18 +256,18 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
         assert float((run(cache, step, cache.queries(step, group)) - wanted).abs().max()) < 1e-4
     assert not emulated.launches
     four, eight = formats("kv4", "int8")
-    assert paged.taken(gqa(2, 128), (four, four)) == ("kv4", 128)
-    assert paged.taken(gqa(2, 128), (eight, four)) == ("int8", 128)
-    assert paged.taken(gqa(2, 256), (eight, four)) is None
-    assert paged.taken(gqa(2, 80), (four, four)) is None
-    assert paged.taken(gqa(2, 128), (four, eight)) is None
-    assert paged.taken(Paged((Field("l", 1, 64, "both"), Field("r", 1, 64, "key"))), (four, four)) is None
+    assert paged.taken(gqa(2, 128), (four, four)) == (kernel.Kind("kv4", 128),)
+    assert paged.taken(gqa(2, 128), (eight, four)) == (kernel.Kind("int8", 128),)
+    assert not paged.taken(gqa(2, 256), (eight, four))
+    assert not paged.taken(gqa(2, 80), (four, four))
+    assert not paged.taken(gqa(2, 128), (four, eight))
+    assert not paged.taken(Paged((Field("l", 1, 64, "both"), Field("r", 1, 64, "key"))), (four, four))
 
 
 def test_the_trial_before_its_first_use_passes(emulated: Emulated) -> None:
-    for kind in kernel.KINDS:
+    for kind in kernel.GROUPED:
         assert kernel.error(kind, torch.device("cpu")) < kernel.BOUND / 2
-    assert emulated.launches == len(kernel.KINDS)
+    assert emulated.launches == len(kernel.GROUPED)
 
 
 BROKEN = {

@@ -1,4 +1,4 @@
-"""The kernel of attend.cu for keys of one kind: compiled, loaded, and tried on the device before it is trusted."""
+"""The kernels of attend.cu and latent.cu: compiled for rows of one kind, and tried on the device before their use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 
     from truekv.kernels.cuda.driver import Argument
 
-SOURCE: Final = Path(__file__).parent / "attend.cu"
+SOURCES: Final = Path(__file__).parent
 QUERIES: Final = 8
-"""Query rows of one kv head, at most."""
+"""Query rows of one kv head that attend.cu takes, at most."""
+LATENT, ROPE = 512, 64
+"""Numbers of the rows that latent.cu takes."""
+LATENT_QUERIES: Final = 128
+"""Query rows of a sequence that it takes, at most."""
 PAGE_TOKENS: Final = 32
 BOUND: Final = 5e-4
 """Of the error on a device, relative to the largest number: weights are halves, of 11 bits."""
@@ -33,15 +37,34 @@ _LOWEST: Final = -3.0e38
 
 
 class Kind(NamedTuple):
-    """What the kernel is compiled for; values are kv4."""
+    """What a kernel is compiled for."""
 
     keys: str
     """Their code: kv4 or int8."""
     dim: int
+    tiles: int = 0
+    """Of eight query rows that one block has, where rows are latent ones and int8; 0 where values are rows of kv4."""
+
+    @property
+    def source(self) -> Path:
+        """What is compiled."""
+        return SOURCES / ("latent.cu" if self.tiles else "attend.cu")
+
+    @property
+    def definitions(self) -> dict[str, int]:
+        """What the source leaves open."""
+        found = {"TILES": self.tiles} if self.tiles else {"DIM": self.dim, "KEY_BITS": _BITS[self.keys]}
+        return {**found, "PAGE": PAGE_TOKENS, "SPAN": SPAN}
+
+    def __str__(self) -> str:
+        """Name the rows."""
+        return f"latent rows of {self.keys}" if self.tiles else f"heads of {self.dim} and {self.keys} keys"
 
 
-KINDS: Final = (Kind("kv4", 64), Kind("kv4", 128), Kind("kv4", 256), Kind("int8", 64), Kind("int8", 128))
-"""With int8 keys of 256 numbers the compiler runs out of registers."""
+# With int8 keys of 256 numbers the compiler runs out of registers.
+GROUPED: Final = (Kind("kv4", 64), Kind("kv4", 128), Kind("kv4", 256), Kind("int8", 64), Kind("int8", 128))
+LATENTS: Final = (Kind("int8", LATENT, 2), Kind("int8", LATENT, 3))
+KINDS: Final = GROUPED + LATENTS
 
 
 class Launchable(Protocol):
@@ -52,15 +75,10 @@ class Launchable(Protocol):
         ...
 
 
-def definitions(kind: Kind) -> dict[str, int]:
-    """Return what the source leaves open."""
-    return {"DIM": kind.dim, "KEY_BITS": _BITS[kind.keys], "PAGE": PAGE_TOKENS, "SPAN": SPAN}
-
-
 @functools.cache
 def load(kind: Kind, device: torch.device) -> Launchable:
     """Return the kernel of a kind on a device; Refused where it does not compile or load."""
-    return Function(compiled(SOURCE, definitions(kind)), "attend", device)
+    return Function(compiled(kind.source, kind.definitions), "attend", device)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -78,60 +96,71 @@ def problem(kind: Kind, device: torch.device) -> str | None:
     except Refused as reason:
         return str(reason)
     if not off <= BOUND:
-        return (
-            f"the CUDA kernel for heads of {kind.dim} and {kind.keys} keys is off by {off:.1e} of the largest number "
-            "on this device"
-        )
+        return f"the CUDA kernel for {kind} is off by {off:.1e} of the largest number on this device"
     return None
 
 
 def error(kind: Kind, device: torch.device) -> float:
     """Return the kernel's largest error on a small step of random rows, relative to the largest number.
 
-    Two sequences, of two spans and of two pages; two kv heads, two query heads each.
+    Two sequences, of two spans and of two pages; two kv heads with two query heads each, or one latent row for so many
+    that their queries take two blocks.
     """
     run, dim = load(kind, device), kind.dim
     make = torch.Generator().manual_seed(0)
-    lengths, counts, heads, group, width = (600, 33), (2, 1), 2, 2, 19
+    lengths, counts, width = (600, 33), (2, 1), 19
+    heads, group = (1, 4 * kind.tiles + 1) if kind.tiles else (2, 2)
     pages = torch.randperm(2 * width, generator=make).view(2, width)
-    sides = [_random(code, dim, (2 * width, heads), make) for code in (kind.keys, "kv4")]
-    data = [codes.to(device) for codes, _ in sides]
-    query = torch.randn(sum(counts), heads * group, dim, generator=make)
-    # Numbers that the kernel takes as they are: only weights are rounded.
-    query = (torch.nn.functional.normalize(query, dim=-1) * _UNITS).round() / _UNITS
+    wanted = ((kind.keys, dim), (kind.keys, ROPE)) if kind.tiles else ((kind.keys, dim), ("kv4", dim))
+    sides = [_random(code, size, (2 * width, heads), make) for code, size in wanted]
+    scored = sides if kind.tiles else sides[:1]
+    # Numbers that the kernel takes as they are: only weights are rounded. Those of two parts have a largest one of 1.
+    units, factor = _UNITS / len(scored), _FACTOR / len(scored) ** 3
+    shape = (sum(counts), heads * group)
+    queries = [torch.randn(*shape, rows.shape[-1], generator=make) for _, rows in scored]
+    order = math.inf if kind.tiles else 2
+    queries = [(torch.nn.functional.normalize(query, p=order, dim=-1) * units).round() / units for query in queries]
+    factors = [torch.full(shape, factor, device=device) for _ in scored]
+    if kind.tiles:
+        # Both fields of a page, one behind the other.
+        (whole,) = (torch.cat([codes[:, 0] for codes, _ in sides], -1).to(device),)
+        data, page_bytes = (whole, whole[:, sides[0][0].shape[-1] :]), [whole.stride(0)]
+    else:
+        data = tuple(codes.to(device) for codes, _ in sides)
+        page_bytes = [side[0].numel() for side in data]
     position = torch.tensor([length - count for length, count in zip(lengths, counts, strict=True)])
     gather = torch.tensor([[0, 1], [2, 2]])
-    average = torch.zeros(2, sum(counts), heads * group, dim, device=device)
+    average = torch.zeros(2, *shape, sides[0 if kind.tiles else 1][1].shape[-1], device=device)
     # A span that a query sees nothing of is not written.
     largest = torch.full(average.shape[:-1], -torch.inf, device=device)
     total = torch.zeros_like(largest)
-    step = (gather, position, torch.tensor(counts), pages)
     run.launch(
-        (heads, 2, 2),
+        (heads if not kind.tiles else 2, 2, 2),
         (
-            data[0],
-            data[1],
-            query.to(device),
-            torch.full(query.shape[:-1], _FACTOR, device=device),
-            *(item.to(device) for item in step),
+            *data,
+            *(query.to(device) for query in queries),
+            *factors,
+            *(item.to(device) for item in (gather, position, torch.tensor(counts), pages)),
             average,
             largest,
             total,
-            *(ctypes.c_uint32(side[0].numel()) for side in data),
-            ctypes.c_int64(sum(counts)),
-            *(ctypes.c_int32(number) for number in (2, width, 0, group, 1)),
+            *(ctypes.c_uint32(size) for size in page_bytes),
+            ctypes.c_int64(shape[0]),
+            *(ctypes.c_int32(number) for number in ((2, width, group, 1) if kind.tiles else (2, width, 0, group, 1))),
         ),
     )
     share = torch.exp2(largest - largest.amax(0)) * (largest > _LOWEST)
     got = ((average * share[..., None]).sum(0) / (total * share).sum(0)[..., None]).double().cpu()
-    k, v = (rows for _, rows in sides)
+    values = sides[0][1] if kind.tiles else sides[1][1]
     off, size = 0.0, 0.0
     for row, token in ((0, 0), (0, 1), (1, 2)):
         seen = int(position[row]) + 1 + (token == 1)
         for head in range(heads * group):
-            keys, values = (side[pages[row], head // group].flatten(0, 1)[:seen] for side in (k, v))
-            weights = torch.softmax(keys @ query[token, head].double() * (_FACTOR * math.log(2)), 0)
-            expected = weights @ values
+            held = [
+                rows[pages[row], head // group].flatten(0, 1)[:seen] for rows in (*(one for _, one in scored), values)
+            ]
+            score = sum(keys @ query[token, head].double() for keys, query in zip(held, queries, strict=False))
+            expected = torch.softmax(torch.as_tensor(score) * (factor * math.log(2)), 0) @ held[-1]
             size = max(size, float(expected.abs().max()))
             # NaN is to stay.
             off = float((got[token, head] - expected).abs().max().clamp(min=off))

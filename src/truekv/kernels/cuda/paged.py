@@ -10,7 +10,17 @@ import ctypes
 from typing import TYPE_CHECKING, Final
 
 from truekv.core.lazy import torch
-from truekv.kernels.cuda.kernel import KINDS, PAGE_TOKENS, QUERIES, Kind, load
+from truekv.kernels.cuda.kernel import (
+    GROUPED,
+    LATENT,
+    LATENT_QUERIES,
+    LATENTS,
+    PAGE_TOKENS,
+    QUERIES,
+    ROPE,
+    Kind,
+    load,
+)
 from truekv.kernels.triton import paged as triton
 from truekv.kernels.triton.tiles import SPAN
 
@@ -24,14 +34,17 @@ if TYPE_CHECKING:
 _CODES: Final = {"kv4": "kv4", "turboquant_4bit": "kv4", "int8": "int8"}
 """By format: those that are stored alike are one code."""
 _ROLES: Final = ["key", "value"]
+_LATENT: Final = [("both", LATENT), ("key", ROPE)]
+_TILE: Final = 64
+"""Query rows that may leave the sums of every span on a place of its own; see engine/activations.py."""
 
 refusal = triton.refusal
 store = triton.store
 
 
-def taken(layer: Paged, formats: Seq[CacheFormat]) -> Kind | None:
-    """Return the kind of kernel that runs decode and verify steps of a layer in CUDA C++, or None."""
-    return _kind(layer.fields, formats)
+def taken(layer: Paged, formats: Seq[CacheFormat]) -> tuple[Kind, ...]:
+    """Return the kinds of kernels that run decode and verify steps of a layer in CUDA C++, if any."""
+    return _kinds(layer.fields, formats)
 
 
 def attend(
@@ -39,23 +52,33 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention of the step's queries over stored rows; see kernels/reference/paged.py."""
     heads, (batch, longest) = fields[0].field.heads, step.gather.shape
-    (tokens, query_heads, dim), group = queries[0].shape, queries[0].shape[1] // heads
-    kind = _kind([item.field for item in fields], [item.format for item in fields])
+    (tokens, query_heads, _), group = queries[0].shape, queries[0].shape[1] // heads
+    kinds = _kinds([item.field for item in fields], [item.format for item in fields])
     paged_alike = all(item.page_tokens == PAGE_TOKENS for item in fields)
-    if not (kind and paged_alike and tokens and group * longest <= QUERIES and scale > 0):
+    rows = group * longest
+    latent = bool(kinds) and kinds[0].tiles > 0
+    most = LATENT_QUERIES if latent and window is None else 0 if latent else QUERIES
+    if not (kinds and paged_alike and tokens and rows <= most and scale > 0):
         return triton.attend(queries, fields, scale, window, step)
-    key, value = fields
-    row_k, row_v = triton.aligned(key), triton.aligned(value)
-    ((framed, factor),) = triton.into_frame(queries, (key,), (row_k,), scale, (torch.float32,))
+    value = fields[0 if latent else 1]
+    scored = fields if latent else fields[:1]
+    layouts = [triton.aligned(item) for item in fields]
+    framed = triton.into_frame(queries, scored, layouts[: len(scored)], scale, [torch.float32] * len(scored))
+    # Of latent rows, the fewest blocks and then the smallest.
+    kind = min(kinds, key=lambda one: (-(-rows // (8 * one.tiles)), one.tiles)) if latent else kinds[0]
+    blocks = -(-rows // (8 * kind.tiles)) if latent else heads
+    sums = triton.Sums.empty(
+        (tokens, query_heads, value.field.dim), blocks * batch, SPAN, window, value, step, folded=rows > _TILE
+    )
     width = step.pages.shape[1]
-    sums = triton.Sums.empty((tokens, query_heads, dim), batch * heads, SPAN, window, value, step)
-    load(kind, framed.device).launch(
-        (heads, batch, len(sums.average)),
+    strides = [item.data.stride(0) for item in (fields[:1] if latent else fields)]
+    numbers = (longest, width, group, sums.each) if latent else (longest, width, window or 0, group, sums.each)
+    load(kind, framed[0][0].device).launch(
+        (blocks, batch, len(sums.average)),
         (
-            key.data[:, key.start :],
-            value.data[:, value.start :],
-            framed,
-            factor,
+            *(item.data[:, item.start :] for item in fields),
+            *(query for query, _ in framed),
+            *(factor for _, factor in framed),
             step.gather.contiguous(),
             step.position,
             step.count,
@@ -63,22 +86,19 @@ def attend(
             sums.average,
             sums.largest,
             sums.total,
-            ctypes.c_uint32(key.data.stride(0)),
-            ctypes.c_uint32(value.data.stride(0)),
+            *(ctypes.c_uint32(stride) for stride in strides),
             ctypes.c_int64(tokens),
-            ctypes.c_int32(longest),
-            ctypes.c_int32(width),
-            ctypes.c_int32(window or 0),
-            ctypes.c_int32(group),
-            ctypes.c_int32(sums.each),
+            *(ctypes.c_int32(number) for number in numbers),
         ),
     )
-    return triton.merge(value, row_v, sums, window, queries[0].dtype, step)
+    return triton.merge(value, layouts[0 if latent else 1], sums, window, queries[0].dtype, step)
 
 
-def _kind(fields: Seq[Field], formats: Seq[CacheFormat]) -> Kind | None:
-    if [item.role for item in fields] != _ROLES or fields[0].dim != fields[1].dim:
-        return None
-    keys, values = (_CODES.get(chosen.name.removesuffix("+hadamard"), "") for chosen in formats)
-    kind = Kind(keys, fields[0].dim)
-    return kind if values == "kv4" and kind in KINDS else None
+def _kinds(fields: Seq[Field], formats: Seq[CacheFormat]) -> tuple[Kind, ...]:
+    codes = [_CODES.get(chosen.name.removesuffix("+hadamard"), "") for chosen in formats]
+    if [(item.role, item.dim) for item in fields] == _LATENT and codes == ["int8", "int8"]:
+        return LATENTS
+    if [item.role for item in fields] != _ROLES or fields[0].dim != fields[1].dim or codes[1] != "kv4":
+        return ()
+    kind = Kind(codes[0], fields[0].dim)
+    return (kind,) if kind in GROUPED else ()

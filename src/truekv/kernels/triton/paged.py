@@ -220,15 +220,23 @@ class Sums:
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int, int], programs: int, keys: int, window: int | None, value: Stored, step: Step
+        cls,
+        shape: tuple[int, int, int],
+        programs: int,
+        keys: int,
+        window: int | None,
+        value: Stored,
+        step: Step,
+        *,
+        folded: bool = False,
     ) -> Sums:
         """Make room for queries [T, H, columns].
 
-        `programs`: how many a span takes, if they can have several spans each, else 0.
+        `programs`: how many a span takes, if they can have several spans each, else 0; `folded`: that they must.
         """
         spans = triton.cdiv(step.pages.shape[1] * value.page_tokens, keys)
         seen = spans if window is None else min(spans, triton.cdiv(window, keys) + 1)
-        each = spans_of_a_program(programs * seen)
+        each = FOLD if folded else spans_of_a_program(programs * seen)
         places = triton.cdiv(spans, each)
         average = torch.empty(places, *shape, device=step.pages.device)
         largest = torch.empty(places, *shape[:2], device=average.device)
