@@ -51,9 +51,8 @@ def _draw(arena: Arena, step: Step, seed: int) -> None:
         if alike is not layer:
             layer.data[pages] = alike.data[pages]
             continue
-        for stored in layer.stored:
-            rows_THD = torch.randn(len(step.page), stored.field.heads, stored.field.dim, generator=generator)
-            arena.kernels.store(stored, rows_THD, step)
+        shapes = [(len(step.page), stored.field.heads, stored.field.dim) for stored in layer.stored]
+        arena.kernels.store(layer.stored, tuple(torch.randn(shape, generator=generator) for shape in shapes), step)
 
 
 def _repeat(arena: Arena, drawn: list[int], copies: list[int]) -> None:

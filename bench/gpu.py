@@ -207,9 +207,8 @@ def _memory(layer: LayerSpec, kv: str) -> tuple[tuple[Any, ...], ModelSpec]:
 def _fill(arena: Arena, held: PagedLayer) -> None:
     """Store random rows in the first page, and copy its bytes to all others."""
     step = lay_out([(Sequence(pages=array("q", [0]), slot=0), 0, [0] * PAGE_TOKENS, 0)], PAGE_TOKENS, arena.device)
-    for stored in held.stored:
-        rows = torch.randn(PAGE_TOKENS, stored.field.heads, stored.field.dim, device=arena.device)
-        arena.kernels.store(stored, rows, step)
+    shapes = [(PAGE_TOKENS, stored.field.heads, stored.field.dim) for stored in held.stored]
+    arena.kernels.store(held.stored, tuple(torch.randn(shape, device=arena.device) for shape in shapes), step)
     held.data[1:] = held.data[0]
 
 

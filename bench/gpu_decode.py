@@ -157,9 +157,9 @@ def deepen(arena: Arena, depth: int, sequences: int) -> list[Sequence]:
     step = lay_out([described], PAGE_TOKENS, arena.device)
     for layer in (*arena.layers, *arena.draft_layers):
         if isinstance(layer, PagedLayer):
-            for stored in layer.stored:
-                shape = (PAGE_TOKENS, stored.field.heads, stored.field.dim)
-                arena.kernels.store(stored, torch.randn(shape, device=arena.device), step)
+            shapes = [(PAGE_TOKENS, stored.field.heads, stored.field.dim) for stored in layer.stored]
+            rows = tuple(torch.randn(shape, device=arena.device) for shape in shapes)
+            arena.kernels.store(layer.stored, rows, step)
             layer.data[:] = layer.data[first].clone()
         elif isinstance(layer, StateLayer):
             layer.folded[[sequence.slot for sequence in opened]] = depth

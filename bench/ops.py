@@ -231,12 +231,12 @@ def stores(name: str, backend: str) -> Callable[[], None]:
     planned = plan(spec, formats, max_model_len=4096, max_num_seqs=1, drafts=0, dtype="bfloat16")
     arena = Arena(spec, planned, select(spec, formats, backend=backend))
     described = arena.reserve([Chunk(arena.open(), [0])])
-    fields = [stored for layer in arena.layers if isinstance(layer, PagedLayer) for stored in layer.stored]
+    layers = [layer for layer in arena.layers if isinstance(layer, PagedLayer)]
     rows_1KD = torch.randn(1, 2, 256).bfloat16()
 
     def call() -> None:
-        for stored in fields:
-            arena.kernels.store(stored, rows_1KD, described)
+        for layer in layers:
+            arena.kernels.store(layer.stored, (rows_1KD, rows_1KD), described)
 
     return call
 

@@ -76,7 +76,7 @@ def save_mamba(directory: Path) -> Path:
     return _save(config, directory)
 
 
-def save_latent(directory: Path) -> Path:
+def save_latent(directory: Path, **changes: Any) -> Path:
     """Save a two-layer deepseek_v3: latent attention, the second layer with experts."""
     config = {
         "model_type": "deepseek_v3",
@@ -97,7 +97,7 @@ def save_latent(directory: Path) -> Path:
         "topk_group": 2,
     }
     del config["head_dim"]
-    return _save(config, directory)
+    return _save({**config, **changes}, directory)
 
 
 def _save(config: dict[str, Any], directory: Path) -> Path:

@@ -118,8 +118,8 @@ def test_a_filled_cache_has_a_finite_row_for_every_token(depth: int) -> None:
     step = arena.reserve([Chunk(sequence, [0]) for sequence in held])
     for layer in arena.layers:
         assert isinstance(layer, PagedLayer)
-        for stored in layer.stored:
-            kernels.store(stored, torch.zeros(2, stored.field.heads, stored.field.dim), step)
+        rows = tuple(torch.zeros(2, stored.field.heads, stored.field.dim) for stored in layer.stored)
+        kernels.store(layer.stored, rows, step)
         out = kernels.attend((torch.randn(2, shape.heads, 256),), layer.stored, 0.06, None, step)
         assert bool(torch.isfinite(out).all())
         assert bool((out != 0).any())

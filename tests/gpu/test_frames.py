@@ -110,6 +110,6 @@ def test_bytes_are_those_of_the_reference(layer: Paged, name: str) -> None:
         pytest.skip(reason)
     data = torch.full_like(cache.fields[0].data, 0xFF).to(DEVICE)
     step = on_device(cache.step(cache.lengths))
-    for stored, rows in zip(cache.fields, cache.rows, strict=True):
-        triton.store(moved(stored, data), rows.to(DEVICE), step)
+    fields = tuple(moved(stored, data) for stored in cache.fields)
+    triton.store(fields, tuple(rows.to(DEVICE) for rows in cache.rows), step)
     assert torch.equal(data.cpu(), cache.fields[0].data)

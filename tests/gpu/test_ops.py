@@ -57,7 +57,22 @@ def test_operations_on_rows(dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("dim", "planes"), [(64, 32), (80, 35), (256, 32)])
 def test_rotary_positions(dim: int, planes: int, interleaved: bool, dtype: torch.dtype) -> None:
     cos, sin = REFERENCE.angles(torch.tensor([0, 1, 262143]), 1.0 / 1e4 ** (torch.arange(planes) / planes), 1.0)
-    alike("rotate", random(3, 2, dim, dtype=dtype), cos, sin, interleaved=interleaved)
+    product, gain = random(3, 9, dim, dtype=dtype), random(dim, seed=2) + 1
+    moved = product.to(DEVICE)
+    none, (cos2, sin2) = (None, None), (part.to(DEVICE) for part in (cos, sin))
+    theirs = REFERENCE.norm_rotate((product[:, :6:2], product[:, 6:8]), none, 0.0, cos, sin, interleaved=interleaved)
+    heads = moved[:, :6:2], moved[:, 6:8]
+    ours = TRITON.norm_rotate(heads, none, 0.0, cos2, sin2, interleaved=interleaved)
+    for out, expected in zip(ours, theirs, strict=True):
+        assert out.device.type == DEVICE
+        rounding = 0.0 if dtype == torch.float32 else 2**-7
+        allowed = 1e-5 * float(expected.abs().max()) + expected.double().abs() * rounding
+        assert bool(((out.cpu().double() - expected.double()).abs() <= allowed).all())
+    # What is normed is rounded as the norm alone rounds it.
+    normed = [TRITON.rms_norm(x, gain.to(DEVICE), 1e-6) for x in heads]
+    apart = TRITON.norm_rotate(normed, none, 0.0, cos2, sin2, interleaved=interleaved)
+    together = TRITON.norm_rotate(heads, [gain.to(DEVICE)] * 2, 1e-6, cos2, sin2, interleaved=interleaved)
+    assert all(torch.equal(*pair) for pair in zip(together, apart, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory.toys import make_arena
 from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
@@ -11,14 +12,17 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
+from truekv.core.batch import Chunk
 from truekv.core.config import Config
 from truekv.core.ops import Expert, Ops, Part, Routing
 from truekv.core.weights import Weights
 from truekv.kernels.native.ops import OPS as NATIVE
 from truekv.kernels.reference.ops import DENSE_EXPERTS
 from truekv.kernels.reference.ops import OPS as REFERENCE
+from truekv.kernels.reference.paged import planes
 from truekv.models.blocks import RMSNorm
 from truekv.models.ffn import MlpShape, MoE, MoeShape, Router, fused_experts
+from truekv.models.mixers.gqa import GqaShape
 from truekv.models.rotary import Rotary, read_rope
 
 both = pytest.mark.parametrize("ops", [REFERENCE, NATIVE], ids=["reference", "native"])
@@ -93,8 +97,8 @@ def test_a_rotated_head_is_transformers(ops: Ops) -> None:
     cos, sin = LlamaRotaryEmbedding(config)(q_THD, positions[None])
     theirs = apply_rotary_pos_emb(q_THD.transpose(0, 1)[None], k_THD.transpose(0, 1)[None], cos, sin)
     angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 32, 8192), ops).angles(positions)
-    for ours, expected in zip((q_THD, k_THD), theirs, strict=True):
-        torch.testing.assert_close(angles.rotate(ours), expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
+    for ours, expected in zip(angles.rotate(q_THD, k_THD), theirs, strict=True):
+        torch.testing.assert_close(ours, expected[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
 
 
 @both
@@ -105,13 +109,35 @@ def test_scores_depend_on_the_distance_alone_and_the_rest_of_a_head_is_kept(inte
     q_1HD, k_1HD = random(1, 1, 32), random(1, 1, 32, seed=1)
 
     def score(at: int, of: int) -> float:
-        q = rotary.angles(torch.tensor([at])).rotate(q_1HD)
-        k = rotary.angles(torch.tensor([of])).rotate(k_1HD)
+        (q,) = rotary.angles(torch.tensor([at])).rotate(q_1HD)
+        (k,) = rotary.angles(torch.tensor([of])).rotate(k_1HD)
         assert torch.equal(q[..., 16:], q_1HD[..., 16:])
         return float((q * k).sum())
 
     assert score(9, 4) == pytest.approx(score(45, 40), rel=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 3), rel=1e-3)
+
+
+@both
+@pytest.mark.parametrize("gated", [False, True])
+def test_heads_are_normed_with_positions_and_without(gated: bool, ops: Ops) -> None:
+    """At angles of zero nothing is turned, so both ways are one."""
+    shape = GqaShape(32, 4, 2, 16, head_norm=True, gated=gated)
+    tensors = {name: random(*size, seed=seed) for seed, (name, size) in enumerate(shape.tensors("").items())}
+    layer, arena = shape.build(Weights(tensors, ops), ""), make_arena((shape.spec(),))
+    x_TC, memory = random(2, 32, seed=99), arena.layers[0]
+    step = arena.reserve([Chunk(arena.open(), [1, 2])])
+    angles = Rotary(read_rope(Config({"rope_theta": 1e4}), 16, 64), ops).angles(torch.zeros(2, dtype=torch.int64))
+    (key,) = planes(memory.stored[0])  # type: ignore[union-attr]
+    k_TKD = (x_TC @ tensors["k_proj.weight"].T).view(2, 2, 16)
+    expected_TKD = k_TKD * k_TKD.square().mean(-1, keepdim=True).rsqrt() * tensors["k_norm.weight"]
+    outs: list[torch.Tensor] = []
+    for turned in (angles, None):
+        outs.append(layer(x_TC, memory, step, turned))
+        rows_TKD = key[step.page, :, step.line].view(torch.float32)
+        torch.testing.assert_close(rows_TKD, expected_TKD, rtol=1e-5, atol=1e-5)
+    # Of the second token, whose weights depend on its query.
+    assert torch.equal(*outs)
 
 
 @both

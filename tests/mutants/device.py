@@ -16,13 +16,13 @@ import torch
 from kernels.cuda import emulated as emulated_module
 from kernels.cuda import test_attend, test_latent
 from kernels.cuda.emulated import Emulated
-from kernels.triton import test_largest, test_paged, test_scans, test_store
+from kernels.triton import test_frames, test_largest, test_ops, test_paged, test_scans, test_store
 from memory.toys import gdn, gqa
 from mutants.mutant import Mutant, Patch
 
 from truekv.kernels.cuda import compiler, kernel
 from truekv.kernels.cuda import paged as cuda
-from truekv.kernels.triton import attention, frames, largest, paged
+from truekv.kernels.triton import attention, encode, frames, largest, paged, rows
 from truekv.kernels.triton import gdn as gdn_module
 from truekv.kernels.triton import mamba2 as mamba2_module
 from truekv.kernels.triton.interpreter import INTERPRETED
@@ -107,6 +107,15 @@ def cpp(
     return Mutant(f"{name} (CUDA)", breaks, test, bug, given, emulated, NO_COMPILER)
 
 
+_HEADS: Final[dict[str, object]] = {
+    "tokens": 2,
+    "dim": 24,
+    "planes": 3,
+    "gained": (True, True),
+    "interleaved": False,
+    "dtype": torch.bfloat16,
+}
+
 MUTANTS: Final = (
     triton(
         "table read a page off",
@@ -183,11 +192,40 @@ MUTANTS: Final = (
         "a token of no line is written to the first line of its page",
         test_store.test_a_token_of_no_line_is_stored_nowhere,
         in_triton(
-            paged,
-            "store_kernel",
+            encode,
+            "_store",
             "line_R = tl.load(line + token_R, mask=inside_R, other=-1)",
             "line_R = tl.where(inside_R, tl.maximum(tl.load(line + token_R, mask=inside_R, other=-1), 0), -1)",
         ),
+    ),
+    triton(
+        "tiles of the second field",
+        "the programs of a second field count their rows from where those of the first end",
+        test_store.test_fields_of_other_codes_frames_and_heads_are_stored_in_one_launch,
+        in_triton(paged, "store_kernel", "*(tile - tiles, data2,", "*(tile, data2,"),
+        kinds=test_store.KINDS[0],
+    ),
+    triton(
+        "frame of the other field",
+        "the rotary part of a latent query is scaled as the latent part is",
+        test_frames.test_queries_enter_both_frames_of_a_latent_row_in_one_launch,
+        in_triton(paged, "query_kernel", "*(query2, scale2,", "*(query2, scale,"),
+        names=("int8", "turboquant_fp8"),
+        tokens=1,
+    ),
+    triton(
+        "gain of the queries",
+        "keys are normed by the gain of the queries",
+        test_ops.test_queries_and_keys_are_normed_and_turned_in_one_launch,
+        in_triton(rows, "_norm_rotate", "+ other) * dim, gain2)", "+ other) * dim, gain)"),
+        **_HEADS,
+    ),
+    triton(
+        "norms not rounded",
+        "what is normed is turned before it is rounded, unlike where a norm is a launch of its own",
+        test_ops.test_queries_and_keys_are_normed_and_turned_in_one_launch,
+        in_triton(rows, "_normed", "other=0.0), out).to(tl.float32)", "other=0.0), gain)"),
+        **_HEADS,
     ),
     triton(
         "drafts folded in Triton",

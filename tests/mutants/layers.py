@@ -51,13 +51,14 @@ def rejected_rows_kept() -> list[Patch]:
             rejected.add(sequence.slot)
         advance(self, sequence, count)
 
-    def write_once(self: Kernels, stored: Stored, rows: torch.Tensor, step: Step) -> None:
+    def write_once(self: Kernels, fields: tuple[Stored, ...], rows: Any, step: Step) -> None:
         slots = step.slot[step.owner].tolist()
         kept = [place for place, slot in enumerate(slots) if slot in rejected and not int(step.offset[place])]
         page, line = step.page[kept], step.line[kept]
-        before = [plane[page, :, line].clone() for plane in planes(stored)]
-        store(self, stored, rows, step)
-        for plane, saved in zip(planes(stored), before, strict=True):
+        every = [plane for stored in fields for plane in planes(stored)]
+        before = [plane[page, :, line].clone() for plane in every]
+        store(self, fields, rows, step)
+        for plane, saved in zip(every, before, strict=True):
             plane[page, :, line] = saved
 
     nothing = Patch(Arena, "_erase_lines", lambda self, page, line: None)
@@ -108,9 +109,8 @@ def raw_rows() -> list[Patch]:
 
     def attend(self: PagedLayer, queries: Any, rows: Any, scale: float, step: Step) -> torch.Tensor:
         copies = tuple(raw(stored) for stored in self.stored)
-        for stored, copy, values in zip(self.stored, copies, rows, strict=True):
-            self.kernels.store(stored, values, step)
-            self.kernels.paged.store(copy, values, step)
+        self.kernels.store(self.stored, rows, step)
+        self.kernels.paged.store(copies, rows, step)
         return self.kernels.attend(queries, copies, scale, self.layer.window, step)
 
     return [Patch(PagedLayer, "attend", attend)]
@@ -125,7 +125,7 @@ def one_scale() -> list[Patch]:
         if second.frame.scale is not None and first.frame.scale is not None:
             shared = torch.full_like(second.frame.scale, float(first.frame.scale.mean()))
             frame = dataclasses.replace(second.frame, scale=shared)
-            self.kernels.paged.store(dataclasses.replace(second, frame=frame), rows[-1], step)
+            self.kernels.paged.store((dataclasses.replace(second, frame=frame),), rows[-1:], step)
         return out
 
     return [Patch(PagedLayer, "attend", mixed)]

@@ -186,14 +186,12 @@ class Faulty:
         self.owner = owner
         self.attend = paged.attend
 
-    def store(self, stored: Stored, rows: torch.Tensor, step: Step) -> None:
-        self.paged.store(stored, rows, step)
-        if stored.field.name in {"v", "latent"}:
-            token = int((step.owner == self.owner).nonzero()[0])
-            byte, mask = self.flip(stored)
-            stored.data[step.page[token], byte + int(step.line[token]) * stored.format.planes(stored.field.dim)[0]] ^= (
-                mask
-            )
+    def store(self, fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
+        self.paged.store(fields, rows, step)
+        (stored,) = (item for item in fields if item.field.name in {"v", "latent"})
+        token = int((step.owner == self.owner).nonzero()[0])
+        byte, mask = self.flip(stored)
+        stored.data[step.page[token], byte + int(step.line[token]) * stored.format.planes(stored.field.dim)[0]] ^= mask
 
 
 @pytest.mark.parametrize(
@@ -231,9 +229,10 @@ def test_a_scale_that_became_nan_in_memory_is_the_largest_error(hybrid: Bench) -
     _, layer = hybrid.paged()[0]
     kernels, sentinel = layer.kernels, hybrid.sentinel()
 
-    def store(stored: Stored, rows: torch.Tensor, step: Step) -> None:
-        kernels.paged.store(stored, rows, step)
-        stored.data[step.page] = 0xFF
+    def store(fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
+        kernels.paged.store(fields, rows, step)
+        for stored in fields:
+            stored.data[step.page] = 0xFF
 
     rows = tuple(torch.ones(2, stored.field.heads, stored.field.dim) for stored in layer.stored)
     step = hybrid.arena.reserve([Chunk(held := hybrid.arena.open(), [5, 6])])

@@ -148,10 +148,20 @@ class Ops(Protocol):
         """Cosine and sine of position times frequency, times the amplitude: float32 [T, P] each."""
         ...
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
-        """Turn the first 2 P dimensions of [T, H, D]; interleaved planes come out as halves.
+    def norm_rotate(
+        self,
+        heads: Seq[torch.Tensor],
+        gains: Seq[torch.Tensor | None],
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        interleaved: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """Turn the first 2 P dimensions of one or two tensors [T, H, D], each of its own H and with a gain or without.
 
-        Queries and keys share the layout, so their products do not depend on it.
+        What has a gain is first normed, to the very numbers of rms_norm. Interleaved planes come out as halves: queries
+        and keys share the layout, so their products do not depend on it.
         """
         ...
 

@@ -48,8 +48,8 @@ class PagedKernels(Protocol):
         """Why these fields in these formats cannot run here, with what to use instead; None if they can."""
         ...
 
-    def store(self, stored: Stored, rows: torch.Tensor, step: Step) -> None:
-        """Take rows [T, heads, dim] into their frame, encode them and write them to the step's pages and lines.
+    def store(self, fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
+        """Take each field's rows [T, heads, dim] into its frame, encode them and write them to the step's lines.
 
         A row that is not finite raises Corrupted; where the step is being recorded it is written as NaN instead.
         """
@@ -82,10 +82,10 @@ class Kernels:
     rows: tuple[tuple[str, str], ...]
     calls: Counter[str] = field(default_factory=Counter[str], compare=False)
 
-    def store(self, stored: Stored, rows: torch.Tensor, step: Step) -> None:
-        """Write one field's rows [T, heads, dim] of the step."""
-        self.calls[f"store[{stored.format.name}]"] += 1
-        self.paged.store(stored, rows, step)
+    def store(self, fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
+        """Write the rows [T, heads, dim] of one layer's fields; every field counts."""
+        self.calls.update(f"store[{stored.format.name}]" for stored in fields)
+        self.paged.store(fields, rows, step)
 
     def attend(
         self,

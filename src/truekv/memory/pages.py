@@ -83,8 +83,7 @@ class PagedLayer:
         """
         if self.check_finite:
             self._check(rows)
-        for stored, values in zip(self.stored, rows, strict=True):
-            self.kernels.store(stored, values, step)
+        self.kernels.store(self.stored, rows, step)
         if self.probe is not None:
             self.probe(self.stored, rows, step)
         return self.kernels.attend(queries, self.stored, scale, self.layer.window, step)

@@ -14,9 +14,11 @@ from truekv.core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Seq
 
     from truekv.core.config import Config
     from truekv.core.ops import Ops
+    from truekv.models.blocks import RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +166,15 @@ class Angles:
     """[T, P] float32."""
     interleaved: bool
 
-    def rotate(self, x_THD: torch.Tensor) -> torch.Tensor:
-        """Turn the first R dimensions of [T, H, D] in float32; interleaved planes come out as halves."""
-        return self.ops.rotate(x_THD, self.cos, self.sin, interleaved=self.interleaved)
+    def rotate(self, *heads: torch.Tensor, norms: Seq[RMSNorm] = ()) -> tuple[torch.Tensor, ...]:
+        """Turn the first R dimensions of one or two tensors [T, H, D], each through its norm first if there are norms.
+
+        In float32; interleaved planes come out as halves.
+        """
+        gains = [norm.weight for norm in norms] or [None] * len(heads)
+        # Both norms of a layer are of one family.
+        (eps,) = {norm.eps for norm in norms} or {0.0}
+        return self.ops.norm_rotate(heads, gains, eps, self.cos, self.sin, interleaved=self.interleaved)
 
 
 class Rotary:

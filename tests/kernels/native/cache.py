@@ -111,8 +111,7 @@ def fill(
         start += item.heads * stored.head_bytes
     rows = tuple(torch.randn(sum(lengths), item.heads, item.dim, generator=make) for item in layer.fields)
     step = make_step(lengths, lengths, pages)
-    for stored, values in zip(fields, rows, strict=True):
-        reference.store(stored, values, step)
+    reference.store(tuple(fields), rows, step)
     return Cache(layer, tuple(fields), rows, lengths, pages, seed)
 
 

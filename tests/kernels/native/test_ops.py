@@ -266,8 +266,18 @@ def test_rotary_positions(dim: int, planes: int, interleaved: bool, dtype: torch
     cos, sin = NATIVE.angles(positions, frequencies, 1.25)
     for ours, theirs in zip((cos, sin), REFERENCE.angles(positions, frequencies, 1.25), strict=True):
         same(ours, theirs, 1.0)
-    x = poisoned(random(5, 3, dim, dtype=dtype))
-    alike("rotate", (x, cos, sin), 8.0, interleaved=interleaved)
+    x, gain = poisoned(random(5, 3, dim, dtype=dtype)), random(dim, seed=2) + 1.0
+    heads = x, poisoned(random(5, 2, dim, seed=1, dtype=dtype))
+    ours = NATIVE.norm_rotate(heads, (None, gain), 1e-6, cos, sin, interleaved=interleaved)
+    # Of the same rounded norms, as a bit of those is more than any rotation's.
+    normed = x, NATIVE.rms_norm(heads[1], gain, 1e-6)
+    expected = REFERENCE.norm_rotate(normed, (None, None), 0.0, cos, sin, interleaved=interleaved)
+    for out, theirs in zip(ours, expected, strict=True):
+        same(out, theirs, 8.0)
+    for row in range(5):
+        one = [item[row : row + 1] for item in (*heads, cos, sin)]
+        alone = NATIVE.norm_rotate(one[:2], (None, gain), 1e-6, *one[2:], interleaved=interleaved)
+        assert all(torch.equal(part, out[row : row + 1]) for part, out in zip(alone, ours, strict=True))
 
 
 ROUTINGS = [

@@ -52,8 +52,8 @@ def store_both(fields: tuple[Stored, Stored], rows: torch.Tensor) -> None:
     tokens = len(rows)
     order = torch.randperm(fields[0].data.shape[0], generator=torch.Generator().manual_seed(5))
     step = make_step([tokens], [tokens], order[None])
-    reference.store(fields[0], rows, step)
-    native.store(fields[1], rows, step)
+    reference.store((fields[0],), (rows,), step)
+    native.store((fields[1],), (rows,), step)
 
 
 @every_isa
@@ -91,13 +91,13 @@ def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_ot
         fields = place(name, 64, 2, 20)
         rows = torch.randn(20, 2, 64, generator=torch.Generator().manual_seed(17))
         step = make_step([20], [20], torch.tensor([[1]]))
-        native.store(fields[0], rows, step)
+        native.store((fields[0],), (rows,), step)
         rows[17, 1, 63] = bad
         with pytest.raises(Corrupted, match="1 of 40 cache rows hold NaN or infinity"):
-            native.store(fields[1], rows, step)
+            native.store((fields[1],), (rows,), step)
         with recording():
-            native.store(fields[1], rows, step)
-            reference.store(fields[0], rows, step)
+            native.store((fields[1],), (rows,), step)
+            reference.store((fields[0],), (rows,), step)
         assert torch.equal(fields[0].data, fields[1].data)
         stored = torch.cat([plane[1, 1, 17] for plane in reference.planes(fields[1])])
         assert fields[1].format.decode(stored, 64).isnan().all()
@@ -109,8 +109,8 @@ def test_scales_halfway_between_two_codes_are_rounded_alike(seed: int) -> None:
     fields = place("kv4", 64, 2, 20)
     rows = torch.randn(20, 2, 64, generator=torch.Generator().manual_seed(seed))
     step = make_step([20], [20], torch.tensor([[1]]))
-    native.store(fields[0], rows, step)
-    reference.store(fields[1], rows, step)
+    native.store((fields[0],), (rows,), step)
+    reference.store((fields[1],), (rows,), step)
     assert torch.equal(fields[0].data, fields[1].data)
 
 
@@ -118,7 +118,8 @@ def test_a_token_of_no_line_is_stored_nowhere() -> None:
     _, field = place("int8", 64, 2, 40)
     before = field.data.clone()
     step = make_step([3], [3], torch.tensor([[1]]))
-    native.store(field, torch.full((3, 2, 64), math.nan), dataclasses.replace(step, line=torch.tensor([-1, -1, -1])))
+    nowhere = dataclasses.replace(step, line=torch.tensor([-1, -1, -1]))
+    native.store((field,), (torch.full((3, 2, 64), math.nan),), nowhere)
     assert torch.equal(field.data, before)
 
 
@@ -126,7 +127,7 @@ def test_a_frame_that_overflows_is_refused() -> None:
     _, field = place("q8_0", 64, 1, 4)
     narrow = dataclasses.replace(field, frame=Frame(None, torch.full((1, 64), 1e-3)))
     with pytest.raises(Corrupted, match="4 of 4 cache rows"):
-        native.store(narrow, torch.full((4, 1, 64), 3e38), make_step([4], [4], torch.tensor([[0]])))
+        native.store((narrow,), (torch.full((4, 1, 64), 3e38),), make_step([4], [4], torch.tensor([[0]])))
 
 
 def test_no_rows_are_stored_without_a_word() -> None:
@@ -134,7 +135,7 @@ def test_no_rows_are_stored_without_a_word() -> None:
     step = make_step([1], [1], torch.tensor([[0]]))
     empty = dataclasses.replace(step, page=step.page[:0], line=step.line[:0])
     before = field.data.clone()
-    native.store(field, torch.zeros(0, 2, 64), empty)
+    native.store((field,), (torch.zeros(0, 2, 64),), empty)
     assert torch.equal(field.data, before)
 
 

@@ -35,7 +35,7 @@ def step(rows: int, width: int, new: int = 1) -> None:
     described = lay_out([(one, width * PAGE - 5 - new, [0] * new, 0) for one in sequences], PAGE, torch.device("cpu"))
     for window in (None, 7, 16 * width):
         attend(stored, 2, described, window)
-    paged.store(stored[0], torch.zeros(rows * new, 2, 64).bfloat16(), described)
+    paged.store(stored, (torch.zeros(rows * new, 2, 64).bfloat16(),) * 2, described)
     for layer in (gdn(2, 4, 64, 64), mamba2(4, 16, 2, 64)):
         recur(layer, new, 0, rows, described)()
 
@@ -45,7 +45,7 @@ def operations(tokens: int) -> None:
     x, gain = torch.zeros(tokens, 4, 96).bfloat16(), torch.zeros(96)
     OPS.rms_norm(x, gain, 1e-6)
     OPS.add_norm(x[:, 0], x[:, 1], gain, 1e-6)
-    OPS.rotate(x, torch.zeros(tokens, 32), torch.zeros(tokens, 32), interleaved=False)
+    OPS.norm_rotate((x, x[:, :2]), (gain, gain), 1e-6, *torch.zeros(2, tokens, 32), interleaved=False)
     OPS.gate(x, x)
     OPS.activate(x.flatten(1), "swiglu")
     OPS.largest(x.flatten(1))

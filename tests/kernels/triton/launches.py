@@ -14,6 +14,7 @@ from memory.toys import gdn, gqa, mamba2, mla
 from truekv.core.folder import members
 from truekv.core.ops import Expert, Routing
 from truekv.core.protocols import Stored
+from truekv.core.recording import recording
 from truekv.formats.choice import codecs
 from truekv.formats.frame import Frame, frame_for
 from truekv.kernels.triton import chunks, experts, paged, rows, timeline
@@ -84,7 +85,8 @@ def attention(
     """So many query rows of one kv head: a group's heads, times new tokens. In a window if the layer has one."""
     memory = fields(layer, *codes)
     laid = [layout(item) for item in memory]
-    names = "/".join(codes) if kernel == "attend" else codes[0] if kernel == "query" else codes[-1]
+    scored = [code for code, item in zip(codes, layer.fields, strict=True) if item.role != "value"]
+    names = "/".join(codes if kernel == "attend" else scored if kernel == "query" else codes[-1:])
     size = sum(item.field.dim for item in memory)
     return Launch(
         f"{kernel}[{names}] D={laid[0].dim}"
@@ -97,11 +99,16 @@ def attention(
     )
 
 
-def store(code: str, dim: int = 128) -> Launch:
-    """New rows of one field."""
-    layer = gqa(HEADS, dim)
-    stored, tokens = fields(layer, code, code)[0], torch.zeros(ROWS, HEADS, dim).bfloat16()
-    return Launch(f"store[{code}] D={dim}", "store_kernel", lambda: paged.store(stored, tokens, _step(1)))
+def store(layer: Paged, *codes: str) -> Launch:
+    """New rows of a layer, as it is recorded."""
+    stored, name = fields(layer, *codes), f"store[{'/'.join(codes)}] D={layer.fields[0].dim}"
+    tokens = tuple(torch.zeros(ROWS, item.heads, item.dim).bfloat16() for item in layer.fields)
+
+    def run() -> None:
+        with recording():
+            paged.store(stored, tokens, _step(1))
+
+    return Launch(name, "store_kernel", run)
 
 
 _GQA: Final = (
@@ -149,7 +156,10 @@ def _around() -> Iterator[Launch]:
     for code in codecs():
         # Of the same code as another, in another frame.
         if not code.endswith("+hadamard") and code not in {"turboquant_4bit", "turboquant_3bit"}:
-            yield store(code)
+            yield store(gqa(HEADS, 128), code, code)
+    yield store(gqa(HEADS, 128), "turboquant_fp8", "kv4")
+    for codes in _MLA:
+        yield store(mla(512, 64), *codes)
     for kernel in ("query", "merge"):
         for code in ("bf16", "int8", "kv4"):
             yield attention(gqa(HEADS, 128), (code, code), 8, kernel=kernel)
@@ -231,7 +241,17 @@ def _operations() -> Iterator[Launch]:
         lambda: rows.gated_norm(heads, gates, torch.zeros(128), 1e-6, gate_first=False),
     )
     head, half = torch.zeros(ROWS, 32, 128).bfloat16(), torch.zeros(ROWS, 64)
-    yield Launch("rotate 128", "_rotate", lambda: rows.rotate(head, half, half, interleaved=False))
+    pair, gains = (head, head[:, :8]), (torch.zeros(128),) * 2
+    for name, given, planes in (
+        ("norms and ", gains, half),
+        ("norms and partial ", gains, half[:, :32]),
+        ("", (None, None), half),
+    ):
+        yield Launch(
+            f"{name}rotations 128",
+            "_norm_rotate",
+            lambda given=given, planes=planes: rows.norm_rotate(pair, given, 1e-6, planes, planes, interleaved=False),
+        )
     yield Launch("gate 128", "_gate", lambda: rows.gate(head, head))
     narrow, rates = torch.zeros(ROWS, 64).bfloat16(), torch.zeros(64)
     yield Launch("softplus 64", "_softplus", lambda: rows.softplus(narrow, rates))

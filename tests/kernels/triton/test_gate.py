@@ -78,7 +78,7 @@ def test_steps_of_all_sizes_share_their_kernels() -> None:
     # Attention with a window and without, of few query rows and of many; a norm and one with an addition. Two recurrent
     # rules, of which one has to solve; convolutions take one place at once, or two or eight, of one span or of more.
     often = {"attend_kernel": 4, "merge_kernel": 2, "_norm": 2, "prepare": 8, "carry": 2, "advance": 2, "answer": 2}
-    once = ("query_kernel", "store_kernel", "solve", "_rotate", "_gate", "_activate", "span_kernel")
+    once = ("query_kernel", "store_kernel", "solve", "_norm_rotate", "_gate", "_activate", "span_kernel")
     assert json.loads(done.stdout) == often | dict.fromkeys(once, 1)
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.triton.watched import Watched
 
 from truekv.core.ops import Expert, Part, Routing
 from truekv.kernels.reference.ops import OPS as REFERENCE
 from truekv.kernels.triton import experts as grouped
+from truekv.kernels.triton import rows as on_rows
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.ops import OPS as TRITON
 
@@ -120,8 +122,59 @@ def test_what_is_not_a_number_stays_none() -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "planes"), [(2, 1), (64, 32), (80, 35)])
 def test_rotary_positions(dim: int, planes: int, interleaved: bool, dtype: torch.dtype) -> None:
-    cos, sin = TRITON.angles(torch.tensor([0, 1, 262143]), 1.0 / 1e4 ** (torch.arange(planes) / planes), 1.25)
-    alike("rotate", (poisoned(random(3, 2, dim, dtype=dtype)), cos, sin), 8.0, interleaved=interleaved)
+    cos, sin = turns(3, planes)
+    for x in heads_of(3, dim, dtype):
+        ((ours,), (theirs,), (alone,)) = (
+            ops.norm_rotate((x[rows],), (None,), 0.0, cos[rows], sin[rows], interleaved=interleaved)
+            for ops, rows in ((TRITON, slice(None)), (REFERENCE, slice(None)), (TRITON, slice(2, None)))
+        )
+        same(ours, theirs, 8.0)
+        assert torch.equal(alone, ours[2:])
+
+
+def turns(tokens: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return TRITON.angles(torch.arange(tokens) * 131071, 1.0 / 1e4 ** (torch.arange(planes) / planes), 1.25)
+
+
+def heads_of(tokens: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys as a product leaves them: queries with gates between them, all in rows of one tensor.
+
+    What is neither is NaN.
+    """
+    product = torch.full((tokens, 2 * 3 + 2 + 3, dim), torch.nan, dtype=dtype)
+    product[:, 0:6:2], product[:, 6:8] = random(tokens, 3, dim, dtype=dtype), random(tokens, 2, dim, seed=1)
+    return product[:, 0:6:2], product[:, 6:8]
+
+
+SIZES = [(0, 64, 32), (1, 256, 32), (3, 80, 20), (2, 24, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("gained", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("tokens", "dim", "planes"), SIZES)
+def test_queries_and_keys_are_normed_and_turned_in_one_launch(
+    tokens: int,
+    dim: int,
+    planes: int,
+    gained: tuple[bool, bool],
+    interleaved: bool,
+    dtype: torch.dtype,
+) -> None:
+    """To the bits of a norm of each and then a turn of each."""
+    heads, (cos, sin) = heads_of(tokens, dim, dtype), turns(tokens, planes)
+    gains = [random(dim, seed=7 + place) + 1.0 if wanted else None for place, wanted in enumerate(gained)]
+    normed = [x if gain is None else TRITON.rms_norm(x, gain, 1e-6) for x, gain in zip(heads, gains, strict=True)]
+    expected = [TRITON.norm_rotate((x,), (None,), 0.0, cos, sin, interleaved=interleaved)[0] for x in normed]
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "_norm_rotate", on_rows)
+        got = TRITON.norm_rotate(heads, gains, 1e-6, cos, sin, interleaved=interleaved)
+    assert watched.grids == [(5 * tokens,)] * (tokens > 0)
+    for ours, wanted, x in zip(got, expected, heads, strict=True):
+        assert ours.dtype == dtype
+        assert ours.shape == x.shape
+        assert torch.isfinite(ours).all()
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

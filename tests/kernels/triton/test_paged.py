@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from kernels.native.cache import fill, formats
+from kernels.triton.watched import Watched
 from memory.toys import gqa, mla
 
 from truekv.core.errors import Refused
@@ -17,13 +17,11 @@ from truekv.core.spec import Field, Paged
 from truekv.core.untouched import untouched
 from truekv.formats.choice import codecs
 from truekv.kernels.reference import paged as reference
-from truekv.kernels.triton import layout, tiles
 from truekv.kernels.triton import paged as triton
+from truekv.kernels.triton import tiles
 from truekv.kernels.triton.tiles import FOLD, SPAN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kernels.native.cache import Cache
 
     from truekv.core.batch import Step
@@ -32,30 +30,6 @@ NAMES = sorted(codecs())
 BOUND = 2e-6
 ROTATED = 1e-5
 """Queries are rotated in float32 here, where the reference is exact: that moves a score by some parts in 10^7."""
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_allocated_clean() -> Iterator[None]:
-    """Memory that torch.empty returns is NaN: what the kernels leave to each other must have been written."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(mode=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(mode=before)
-
-
-class Watched:
-    """Takes the grids with which a kernel of paged.py is launched."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-        self.grids: list[tuple[int, ...]] = []
-        self._kernel = getattr(triton, kernel)
-        monkeypatch.setattr(triton, kernel, self)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.grids.append(grid)
-        return self._kernel[grid]
 
 
 def run(cache: Cache, step: Step, queries: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -108,7 +82,7 @@ def test_latent_rows_are_keys_and_values(latent: str, rope: str) -> None:
 def test_values_of_zeros(name: str) -> None:
     """Blocks whose scales are all zero."""
     cache = fill(gqa(1, 64), formats("int8", name), [70])
-    triton.store(cache.fields[1], torch.zeros_like(cache.rows[1]), cache.step([70]))
+    triton.store((cache.fields[1],), (torch.zeros_like(cache.rows[1]),), cache.step([70]))
     step = cache.step([2])
     got = run(cache, step, cache.queries(step, 2))
     assert torch.equal(got, torch.zeros_like(got))
@@ -267,8 +241,7 @@ def test_lines_that_nobody_wrote_are_never_read_as_numbers(name: str, garbage: i
         cache = fill(gqa(1, 80), formats(name, name), [69, 33])
         step = cache.step([69, 33])
         cache.fields[0].data.fill_(fill_byte)
-        for stored, rows in zip(cache.fields, cache.rows, strict=True):
-            triton.store(stored, rows, step)
+        triton.store(cache.fields, cache.rows, step)
         step = cache.step([1, 3])
         outs.append(run(cache, step, cache.queries(step, 2)))
     assert torch.isfinite(outs[0]).all()
@@ -342,7 +315,7 @@ def test_nothing_is_read_on_the_host_while_a_step_is_recorded() -> None:
     with pytest.raises(AssertionError, match="read on the host"):
         int(sealed.count[0])
     with recording():
-        triton.store(cache.fields[0], cache.rows[0][-3:], sealed)
+        triton.store((cache.fields[0],), (cache.rows[0][-3:],), sealed)
         got = run(cache, sealed, queries)
     assert torch.equal(torch.Tensor(got), run(cache, step, queries))
 
@@ -365,29 +338,6 @@ def test_pages_that_start_anywhere_are_refused() -> None:
     step = cache.step([1])
     with pytest.raises(Refused, match="multiples of 16 bytes"):
         triton.attend(cache.queries(step, 2), odd, 0.1, None, step)
-
-
-@pytest.mark.parametrize("name", ["f32", "bf16"])
-def test_queries_of_rows_that_are_stored_as_they_are_lose_nothing(name: str) -> None:
-    """Divided by its norm a query of bfloat16 would be rounded again, which costs more than the weights' 8 bits."""
-    cache = fill(gqa(2, 80), formats(name, name), [3])
-    (query,), row = cache.queries(cache.step([1]), 2), layout.layout(cache.fields[0])
-    framed, factor = triton.into_frame(query * 1e30, cache.fields[0], row, 0.5, torch.float32)
-    assert torch.equal(framed[..., : row.dim], query * 1e30)
-    assert not framed[..., row.dim :].any()
-    assert torch.equal(factor, torch.full_like(factor, 0.5 * math.log2(math.e)))
-
-
-def test_a_rotation_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launch asks for one, and a step has some hundred launches."""
-    (stored, other), device = fill(gqa(2, 64), formats("kv4", "int8"), [3]).fields, torch.device("cpu")
-    rows = [layout.layout(item) for item in (stored, other)]
-    first = [layout.rotation(*pair, device) for pair in zip((stored, other), rows, strict=True)]
-    # kv4 lies in another order than int8.
-    assert not torch.equal(*first)
-    monkeypatch.setattr(layout.Row, "dims", lambda _: pytest.fail("worked out again"))
-    again = [layout.rotation(item, layout.layout(item), device) for item in (stored, other)]
-    assert all(one is two for one, two in zip(first, again, strict=True))
 
 
 def test_heads_may_lie_further_apart_than_32_bits_count() -> None:

@@ -12,6 +12,7 @@ import triton.language as tl
 from formats.test_conformance import hard_rows
 from kernels.native.cache import PAGE, make_step
 from kernels.native.test_store import place
+from kernels.triton.watched import Watched
 
 from truekv.core.errors import Corrupted
 from truekv.core.recording import recording
@@ -32,8 +33,8 @@ def bytes_agree(name: str, dim: int, rows: torch.Tensor, *, measured: bool) -> N
         rows = rows[rows.abs().amax((1, 2)) < 1e36]
     order = torch.randperm(fields[0].data.shape[0], generator=torch.Generator().manual_seed(5))
     step = make_step([len(rows)], [len(rows)], order[None])
-    reference.store(fields[0], rows, step)
-    triton.store(fields[1], rows, step)
+    reference.store((fields[0],), (rows,), step)
+    triton.store((fields[1],), (rows,), step)
     assert torch.equal(fields[0].data, fields[1].data)
 
 
@@ -76,8 +77,8 @@ def test_rows_may_be_strided_as_models_make_them() -> None:
     fused = torch.randn(40, 5, 128)
     step = make_step([40], [40], torch.arange(3)[None])
     for rows in (fused[:, 1:3, 64:], fused.transpose(0, 2)[:40, :2, :1].expand(40, 2, 64)):
-        reference.store(fields[0], rows, step)
-        triton.store(fields[1], rows, step)
+        reference.store((fields[0],), (rows,), step)
+        triton.store((fields[1],), (rows,), step)
         assert torch.equal(fields[0].data, fields[1].data)
 
 
@@ -87,40 +88,87 @@ def test_a_row_that_is_not_finite_is_refused_or_recorded_as_nan_and_spoils_no_ot
     fields = place(name, 64, 2, 20)
     rows = torch.randn(20, 2, 64)
     step = make_step([20], [20], torch.tensor([[1]]))
-    triton.store(fields[0], rows, step)
+    triton.store((fields[0],), (rows,), step)
     rows[17, 1, 63] = bad
     with pytest.raises(Corrupted, match="1 of 40 cache rows hold NaN or infinity"):
-        triton.store(fields[1], rows, step)
+        triton.store((fields[1],), (rows,), step)
     with recording():
-        triton.store(fields[1], rows, step)
-        reference.store(fields[0], rows, step)
+        triton.store((fields[1],), (rows,), step)
+        reference.store((fields[0],), (rows,), step)
     assert torch.equal(fields[0].data, fields[1].data)
     stored = torch.cat([plane[1, 1, 17] for plane in reference.planes(fields[1])])
     assert fields[1].format.decode(stored, 64).isnan().all()
 
 
+KINDS = [
+    (("int8", 64, 2, True), ("kv4", 80, 1, False)),
+    (("turboquant_4bit", 128, 1, False), ("bf16", 64, 3, True)),
+    (("q5_1", 96, 3, False), ("q5_1+hadamard", 96, 3, False)),
+    (("fp8_e4m3", 512, 1, True), ("int8", 64, 1, True)),
+    (("kv3", 64, 2, True), ("f32", 48, 1, True), ("q4_0", 64, 4, False)),
+]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(name for name, *_ in kinds))
+def test_fields_of_other_codes_frames_and_heads_are_stored_in_one_launch(
+    kinds: tuple[tuple[str, int, int, bool], ...],
+) -> None:
+    """Of a layer that has three, in two."""
+    tokens = 40
+    placed = [place(name, dim, heads, tokens, measured=measured) for name, dim, heads, measured in kinds]
+    theirs, ours = (tuple(pair[side] for pair in placed) for side in range(2))
+    # Slices of one product, as models make them.
+    product = torch.randn(tokens, sum(heads for _, _, heads, _ in kinds), 520)
+    split = product.split([heads for _, _, heads, _ in kinds], 1)
+    rows = tuple(part[..., :dim] for part, (_, dim, _, _) in zip(split, kinds, strict=True))
+    step = make_step([tokens], [tokens], torch.arange(len(ours[0].data)).flip(0)[None])
+    reference.store(theirs, rows, step)
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "store_kernel")
+        triton.store(ours, rows, step)
+    tiles = [-(-tokens * heads // 32) for _, _, heads, _ in kinds]
+    assert watched.grids == [(sum(tiles[first : first + 2]),) for first in range(0, len(kinds), 2)]
+    assert all(torch.equal(one.data, other.data) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_that_are_not_finite_are_counted_in_every_field(which: int) -> None:
+    fields = tuple(zip(place("int8", 64, 2, 20), place("q4_0", 80, 1, 20), strict=True))
+    rows = torch.randn(20, 2, 64), torch.randn(20, 1, 80)
+    step = make_step([20], [20], torch.tensor([[1]]))
+    rows[which][3, 0, 5] = rows[which][19, 0, 0] = math.nan
+    with pytest.MonkeyPatch.context() as patched:
+        watched = Watched(patched, "store_kernel")
+        with pytest.raises(Corrupted, match="2 of 60 cache rows hold NaN or infinity"):
+            triton.store(fields[0], rows, step)
+    with recording():
+        reference.store(fields[1], rows, step)
+    assert len(watched.grids) == 1
+    assert all(torch.equal(one.data, other.data) for one, other in zip(*fields, strict=True))
+
+
 def test_a_token_of_no_line_is_stored_nowhere() -> None:
-    _, field = place("int8", 64, 2, 40)
-    before = field.data.clone()
-    step = make_step([3], [3], torch.tensor([[1]]))
-    triton.store(field, torch.full((3, 2, 64), math.nan), dataclasses.replace(step, line=torch.tensor([-1, -1, -1])))
-    assert torch.equal(field.data, before)
+    fields = place("int8", 64, 2, 40)
+    before = [field.data.clone() for field in fields]
+    nowhere = dataclasses.replace(make_step([3], [3], torch.tensor([[1]])), line=torch.tensor([-1, -1, -1]))
+    triton.store(fields, (torch.full((3, 2, 64), math.nan),) * 2, nowhere)
+    assert all(torch.equal(field.data, saved) for field, saved in zip(fields, before, strict=True))
 
 
 def test_a_frame_that_overflows_is_refused() -> None:
     _, field = place("q8_0", 64, 1, 4)
     narrow = dataclasses.replace(field, frame=Frame(None, torch.full((1, 64), 1e-3)))
     with pytest.raises(Corrupted, match="4 of 4 cache rows"):
-        triton.store(narrow, torch.full((4, 1, 64), 3e38), make_step([4], [4], torch.tensor([[0]])))
+        triton.store((narrow,), (torch.full((4, 1, 64), 3e38),), make_step([4], [4], torch.tensor([[0]])))
 
 
 def test_no_rows_are_stored_without_a_word() -> None:
-    _, field = place("kv4", 64, 2, 4)
+    fields = place("kv4", 64, 2, 4)
     step = make_step([1], [1], torch.tensor([[0]]))
     empty = dataclasses.replace(step, page=step.page[:0], line=step.line[:0])
-    before = field.data.clone()
-    triton.store(field, torch.zeros(0, 2, 64), empty)
-    assert torch.equal(field.data, before)
+    before = [field.data.clone() for field in fields]
+    triton.store(fields, (torch.zeros(0, 2, 64),) * 2, empty)
+    assert all(torch.equal(field.data, saved) for field, saved in zip(fields, before, strict=True))
 
 
 @compiler.jit

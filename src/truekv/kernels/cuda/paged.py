@@ -63,10 +63,7 @@ def attend(
     value = fields[0 if latent else 1]
     scored = fields if latent else fields[:1]
     layouts = [triton.aligned(item) for item in fields]
-    framed = [
-        triton.into_frame(query, item, row, scale, torch.float32)
-        for query, item, row in zip(queries, scored, layouts, strict=False)
-    ]
+    framed = triton.into_frame(queries, scored, layouts[: len(scored)], scale, [torch.float32] * len(scored))
     # Of latent rows, the fewest blocks and then the smallest.
     kind = min(kinds, key=lambda one: (-(-rows // (8 * one.tiles)), one.tiles)) if latent else kinds[0]
     blocks = -(-rows // (8 * kind.tiles)) if latent else heads

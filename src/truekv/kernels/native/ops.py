@@ -145,29 +145,21 @@ class NativeOps:
         run("angles", native.Angles(*pointers, positions.shape[0], frequencies.shape[0], amplitude))
         return out[0], out[1]
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
-        """Turn planes (i, i + P), or (2i, 2i + 1) if interleaved."""
-        x = dense(x)
-        outer, inner, dim = x.shape
-        out = torch.empty(outer, inner, dim, dtype=x.dtype)
-        run(
-            "rotate",
-            native.Rotate(
-                x.data_ptr(),
-                cos.data_ptr(),
-                sin.data_ptr(),
-                out.data_ptr(),
-                outer,
-                inner,
-                dim,
-                cos.shape[1],
-                x.stride(0),
-                x.stride(1),
-                interleaved,
-                is_bf16(x),
-            ),
+    def norm_rotate(
+        self,
+        heads: Seq[torch.Tensor],
+        gains: Seq[torch.Tensor | None],
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        interleaved: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """Norm what has a gain, then turn it."""
+        return tuple(
+            _rotated(x if gain is None else self.rms_norm(x, gain, eps), cos, sin, interleaved=interleaved)
+            for x, gain in zip(heads, gains, strict=True)
         )
-        return out
 
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing
@@ -223,6 +215,31 @@ class NativeOps:
         places = torch.empty(len(x), dtype=torch.int64)
         run("largest", native.Largest(x.data_ptr(), places.data_ptr(), *x.shape, x.stride(0), is_bf16(x)))
         return places
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    """Turn planes (i, i + P) of [T, H, D], or (2i, 2i + 1) if interleaved."""
+    x = dense(x)
+    outer, inner, dim = x.shape
+    out = torch.empty(outer, inner, dim, dtype=x.dtype)
+    run(
+        "rotate",
+        native.Rotate(
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            outer,
+            inner,
+            dim,
+            cos.shape[1],
+            x.stride(0),
+            x.stride(1),
+            interleaved,
+            is_bf16(x),
+        ),
+    )
+    return out
 
 
 OPS: Final[Ops] = NativeOps()

@@ -78,11 +78,16 @@ def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
     )
 
 
-def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
-    """Take rows [T, K, D] into the field's frame, encode them and write row t to line `step.line[t]` of its page.
+def store(fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
+    """Take each field's rows [T, K, D] into its frame, encode them and write row t to line `step.line[t]` of its page.
 
     A row that is not finite is stored as NaN, and raises Corrupted unless the step is being recorded.
     """
+    for stored, rows_TKD in zip(fields, rows, strict=True):
+        _store(stored, rows_TKD, step)
+
+
+def _store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
     rows, bf16 = _readable(rows_THD)
     broken = torch.empty(1, dtype=torch.int64)
     arguments = Store(

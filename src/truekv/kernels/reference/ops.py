@@ -106,6 +106,19 @@ def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
 
 
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    """Turn planes (i, i + P) of [T, H, D], or (2i, 2i + 1) if interleaved."""
+    planes = cos.shape[-1]
+    cos_T1P, sin_T1P = cos[:, None], sin[:, None]
+    turned, kept = x[..., : 2 * planes].float(), x[..., 2 * planes :]
+    first, second = (
+        (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :planes], turned[..., planes:])
+    )
+    cos_part = (first * cos_T1P - second * sin_T1P).to(x.dtype)
+    sin_part = (second * cos_T1P + first * sin_T1P).to(x.dtype)
+    return torch.cat((cos_part, sin_part, kept), -1)
+
+
 class ReferenceOps:
     """Every operation of core/ops.py, in torch."""
 
@@ -171,17 +184,21 @@ class ReferenceOps:
         turned_TP = positions.float()[:, None] * frequencies
         return turned_TP.cos() * amplitude, turned_TP.sin() * amplitude
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
-        """Turn planes (i, i + P), or (2i, 2i + 1) if interleaved."""
-        planes = cos.shape[-1]
-        cos_T1P, sin_T1P = cos[:, None], sin[:, None]
-        turned, kept = x[..., : 2 * planes].float(), x[..., 2 * planes :]
-        first, second = (
-            (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :planes], turned[..., planes:])
+    def norm_rotate(
+        self,
+        heads: Seq[torch.Tensor],
+        gains: Seq[torch.Tensor | None],
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        interleaved: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """Norm what has a gain, then turn it."""
+        return tuple(
+            rotated(x if gain is None else self.rms_norm(x, gain, eps), cos, sin, interleaved=interleaved)
+            for x, gain in zip(heads, gains, strict=True)
         )
-        cos_part = (first * cos_T1P - second * sin_T1P).to(x.dtype)
-        sin_part = (second * cos_T1P + first * sin_T1P).to(x.dtype)
-        return torch.cat((cos_part, sin_part, kept), -1)
 
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing

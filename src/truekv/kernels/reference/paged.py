@@ -58,12 +58,17 @@ def more_scored_than_two(layer: Paged, backend: str) -> str | None:
     return None
 
 
-def store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
-    """Take rows [T, K, D] into the field's frame, encode them and write row t to line `step.line[t]` of its page.
+def store(fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
+    """Take each field's rows [T, K, D] into its frame, encode them and write row t to line `step.line[t]` of its page.
 
     A row that is not finite raises Corrupted, or is stored as NaN where the step is being recorded. Tokens of line -1
     belong to nobody: their rows go to the last line of a page that nobody reads.
     """
+    for stored, rows_TKD in zip(fields, rows, strict=True):
+        _store(stored, rows_TKD, step)
+
+
+def _store(stored: Stored, rows_THD: torch.Tensor, step: Step) -> None:
     framed = stored.frame.rows(rows_THD)
     if is_recording():
         broken = ~torch.isfinite(framed).all(-1, keepdim=True)

@@ -18,26 +18,73 @@ from truekv.kernels.triton.codes import dims
 HALF_MAX = tl.constexpr(65504.0)
 
 
-@triton.jit(do_not_specialize=["number"], do_not_specialize_on_alignment=["page", "line"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["page", "line"])
 def store_kernel(
     data,
     rows,  # [T, K, D] with these strides
     centre,  # float32 [K, D], or None
     scale,  # float32 [K, D], or None
     rotation,  # int8 [D, C], or None; see layout.rotation
-    page,
-    line,  # a line below zero: nothing is stored
-    broken,  # out: int32 [1] counts the rows that are not finite; None where nobody asks
     page_bytes,
     token_stride,
     head_stride,
+    data2,  # another field, or None
+    rows2,
+    centre2,
+    scale2,
+    rotation2,
+    page_bytes2,
+    token_stride2,
+    head_stride2,
+    page,
+    line,  # a line below zero: nothing is stored
+    broken,  # out: int32 [1] counts the rows that are not finite; None where nobody asks
+    tokens,
+    ROW: tl.constexpr,
+    ROW2: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS2: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Store rows of one field or two; one that is not finite is stored as NaN, all bits set.
+
+    Grid: (tiles of the one field's rows, and then of the other's).
+    """
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(tokens * HEADS, BLOCK_R)
+    if tile < tiles:
+        _store(
+            *(tile, data, rows, centre, scale, rotation, page_bytes, token_stride, head_stride),
+            *(page, line, broken, tokens * HEADS, ROW, HEADS, BLOCK_R),
+        )
+    elif data2 is not None:
+        _store(
+            *(tile - tiles, data2, rows2, centre2, scale2, rotation2, page_bytes2, token_stride2, head_stride2),
+            *(page, line, broken, tokens * HEADS2, ROW2, HEADS2, BLOCK_R),
+        )
+
+
+@triton.jit
+def _store(
+    tile,
+    data,
+    rows,
+    centre,
+    scale,
+    rotation,
+    page_bytes,
+    token_stride,
+    head_stride,
+    page,
+    line,
+    broken,
     number,
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Store rows; one that is not finite is stored as NaN, all bits set. Grid: (tiles of rows,)."""
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Store a tile of one field's rows."""
+    row_R = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < number
     token_R, head_R = (row_R // HEADS).to(tl.int64), (row_R % HEADS).to(tl.int64)
     line_R = tl.load(line + token_R, mask=inside_R, other=-1)

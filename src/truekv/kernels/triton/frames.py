@@ -7,11 +7,25 @@ See formats/frame.py: a query meets stored keys as H(s * q), and an average o of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from truekv.kernels.triton.attention import LOWEST, fold
 from truekv.kernels.triton.codes import dims
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How many numbers of a row a program takes at once as it takes queries into a frame."""
+
+    columns: int
+    """Of the framed query."""
+    dims: int
+    """Of the query, all of them and up to a power of two."""
+    width: int
+    """Of the query, in one product with a rotation."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -23,20 +37,59 @@ def query_kernel(
     factor,  # out: float32 [T, H]
     token_stride,
     head_stride,
+    query2,  # of another field, or None
+    scale2,
+    rotation2,
+    framed2,
+    factor2,
+    token_stride2,
+    head_stride2,
+    rows,
+    softmax_scale,
+    ROW: tl.constexpr,
+    ROW2: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS2: tl.constexpr,
+):
+    """Take queries into the frames of one field or two; grid: (tiles of rows, fields)."""
+    if tl.program_id(1) == 0:
+        _enter(
+            *(query, scale, rotation, framed, factor, token_stride, head_stride, rows, softmax_scale),
+            *(ROW, HEADS, GROUP, BLOCK_R, BLOCKS),
+        )
+    elif query2 is not None:
+        _enter(
+            *(query2, scale2, rotation2, framed2, factor2, token_stride2, head_stride2, rows, softmax_scale),
+            *(ROW2, HEADS, GROUP, BLOCK_R, BLOCKS2),
+        )
+
+
+@triton.jit
+def _enter(
+    query,
+    scale,
+    rotation,
+    framed,
+    factor,
+    token_stride,
+    head_stride,
     rows,
     softmax_scale,
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Take queries into the frame of a field, divided by their norms where rows are codes; grid: (tiles of rows,).
+    """Take a tile of queries into the frame of a field, divided by their norms where rows are codes.
 
     The factor of a query is its norm, if it was divided by it, times what turns a score into a power of two.
     """
+    BLOCK_C: tl.constexpr = BLOCKS.columns
+    WIDTH: tl.constexpr = BLOCKS.width
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     asked_R = row_R < rows
     token_R, head_R = (row_R // (HEADS * GROUP)).to(tl.int64), row_R % (HEADS * GROUP)
@@ -45,7 +98,7 @@ def query_kernel(
     if rotation is None:
         dim_C, holds_C = dims(ROW)
     else:
-        dim_C = tl.arange(0, BLOCK_D)
+        dim_C = tl.arange(0, BLOCKS.dims)
         holds_C = dim_C < ROW.dim
     x_RC = _scaled(query, scale, start_R, kv_R, asked_R, dim_C, holds_C, ROW)
     if ROW.plain:

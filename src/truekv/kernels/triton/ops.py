@@ -54,7 +54,7 @@ class TritonOps:
     gate = staticmethod(rows.gate)
     softplus = staticmethod(rows.softplus)
     delta_gates = staticmethod(rows.delta_gates)
-    rotate = staticmethod(rows.rotate)
+    norm_rotate = staticmethod(rows.norm_rotate)
     largest = staticmethod(largest)
     best = staticmethod(best)
     route = staticmethod(route)

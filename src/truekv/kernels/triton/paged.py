@@ -1,4 +1,4 @@
-"""Rows in pages on a GPU: a step's rows are stored by one launch a field, and attended to by three.
+"""Rows in pages on a GPU: a step's rows are stored by one launch, and attended to by three.
 
 Nothing here waits for the device, and sizes of launches follow from shapes alone, so a step can be captured and
 replayed with other contents. Only `store` looks at what it stored, unless the step is being recorded.
@@ -18,7 +18,7 @@ from truekv.kernels.reference import paged as reference
 from truekv.kernels.triton import layout as layouts
 from truekv.kernels.triton.attention import attend_kernel
 from truekv.kernels.triton.encode import store_kernel
-from truekv.kernels.triton.frames import join_kernel, merge_kernel, query_kernel
+from truekv.kernels.triton.frames import Blocks, join_kernel, merge_kernel, query_kernel
 from truekv.kernels.triton.interpreter import INTERPRETED
 from truekv.kernels.triton.layout import Row, layout, rotation
 from truekv.kernels.triton.tiles import (
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from truekv.core.spec import Paged
 
 _ALIGNMENT: Final = 16
+# What kernels are told of a second field where there is none.
+_NO_FIELD: Final = (None, 0, (*(None,) * 5, 0, 0, 0))
+_NO_QUERY: Final = (*(None,) * 5, 0, 0)
 JOINED: Final = 16
 """Spans that one program joins before what is left is merged. A row that has no more has the same bits either way."""
 
@@ -52,40 +55,45 @@ def refusal(layer: Paged, formats: Seq[CacheFormat]) -> str | None:
     )
 
 
-def store(stored: Stored, rows_TKD: torch.Tensor, step: Step) -> None:
-    """Take rows [T, K, D] into the field's frame, encode them and write row t to line `step.line[t]` of its page.
+def store(fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
+    """Take each field's rows [T, K, D] into its frame, encode them and write row t to line `step.line[t]` of its page.
 
     Rows of line -1 are stored nowhere. A row that is not finite is stored as NaN, and raises Corrupted unless the step
     is being recorded.
     """
-    tokens, heads, _ = rows_TKD.shape
+    tokens, tile = len(rows[0]), 32 if INTERPRETED else 1
     if not tokens:
         return
-    rows_TKD = _readable(rows_TKD)
-    row, frame = aligned(stored), stored.frame
-    broken = None if is_recording() else torch.zeros(1, dtype=torch.int32, device=rows_TKD.device)
-    tile = 32 if INTERPRETED else 1
-    store_kernel[(triton.cdiv(tokens * heads, tile),)](
-        stored.data[:, stored.start :],
-        rows_TKD,
-        frame.centre,
-        frame.scale,
-        rotation(stored, row, rows_TKD.device) if frame.rotated else None,
-        step.page,
-        step.line,
-        broken,
-        stored.data.stride(0),
-        rows_TKD.stride(0),
-        rows_TKD.stride(1),
-        tokens * heads,
-        ROW=row,
-        HEADS=heads,
-        BLOCK_R=tile,
-        # Bytes are those of the reference only if products and sums are rounded one by one.
-        enable_fp_fusion=False,
-    )
+    broken = None if is_recording() else torch.zeros(1, dtype=torch.int32, device=rows[0].device)
+    for first in range(0, len(fields), 2):
+        # Two at a time: the kernel takes no more.
+        told = [_told(*pair) for pair in zip(fields[first : first + 2], rows[first : first + 2], strict=True)]
+        (row, heads, given), (row2, heads2, given2) = told if len(told) == 2 else (*told, _NO_FIELD)
+        store_kernel[(triton.cdiv(tokens * heads, tile) + triton.cdiv(tokens * heads2, tile),)](
+            *given,
+            *given2,
+            step.page,
+            step.line,
+            broken,
+            tokens,
+            ROW=row,
+            ROW2=row2,
+            HEADS=heads,
+            HEADS2=heads2,
+            BLOCK_R=tile,
+            # Bytes are those of the reference only if products and sums are rounded one by one.
+            enable_fp_fusion=False,
+        )
     if broken is not None and (count := int(broken)):
-        raise Corrupted.rows(count, tokens * heads)
+        raise Corrupted.rows(count, sum(tokens * part.shape[1] for part in rows))
+
+
+def _told(stored: Stored, rows_TKD: torch.Tensor) -> tuple[Row, int, tuple[object, ...]]:
+    """Return what the kernel is told of a field and its rows: its layout, its heads and the arguments."""
+    rows_TKD, frame, row = _readable(rows_TKD), stored.frame, aligned(stored)
+    turned = rotation(stored, row, rows_TKD.device) if frame.rotated else None
+    numbers = stored.data[:, stored.start :], rows_TKD, frame.centre, frame.scale, turned
+    return row, rows_TKD.shape[1], (*numbers, stored.data.stride(0), rows_TKD.stride(0), rows_TKD.stride(1))
 
 
 def attend(
@@ -99,10 +107,7 @@ def attend(
     heads, tokens, query_heads = value.field.heads, queries[0].shape[0], queries[0].shape[1]
     group = query_heads // heads
     batch, longest = step.gather.shape
-    framed = [
-        into_frame(query, item, row, scale, torch_operand(row))
-        for query, item, row in zip(queries, scored, layouts_of, strict=True)
-    ]
+    framed = into_frame(queries, scored, layouts_of, scale, [torch_operand(row) for row in layouts_of])
     capability = arch()
     options = attend_options((*layouts_of, row_v), group * longest, capability)
     tiles = triton.cdiv(group * longest, options.queries)
@@ -156,34 +161,44 @@ def attend(
 
 
 def into_frame(
-    query: torch.Tensor, item: Stored, row: Row, scale: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return queries [T, H, columns] as a field's keys meet them, and what multiplies the scores of each [T, H]."""
-    query = _readable(query)
-    tokens, heads, dim = query.shape
-    frame, kv_heads = item.frame, item.field.heads
-    framed = torch.empty(tokens, heads, row.columns, dtype=dtype, device=query.device)
-    factor = torch.empty(tokens, heads, device=query.device)
+    queries: Seq[torch.Tensor], fields: Seq[Stored], rows: Seq[Row], scale: float, dtypes: Seq[torch.dtype]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the queries of one or two fields as their keys meet them, and what multiplies the scores of each.
+
+    [T, H, columns] and float32 [T, H], by one launch.
+    """
+    (tokens, heads, _), kv_heads = queries[0].shape, fields[0].field.heads
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    given: list[tuple[object, ...]] = []
+    for query, item, row, dtype in zip(map(_readable, queries), fields, rows, dtypes, strict=True):
+        frame, device = item.frame, query.device
+        framed = torch.empty(tokens, heads, row.columns, dtype=dtype, device=device)
+        factor = torch.empty(tokens, heads, device=device)
+        turned = rotation(item, row, device) if frame.rotated else None
+        given.append((query, frame.scale, turned, framed, factor, query.stride(0), query.stride(1)))
+        made.append((framed, factor))
+    (row, *more), (one, *others) = rows, given
+    row2, other = (more[0], others[0]) if more else (None, _NO_QUERY)
     if tokens:
-        query_kernel[(triton.cdiv(tokens * heads, 16),)](
-            query,
-            frame.scale,
-            rotation(item, row, query.device) if frame.rotated else None,
-            framed,
-            factor,
-            query.stride(0),
-            query.stride(1),
+        query_kernel[(triton.cdiv(tokens * heads, 16), len(rows))](
+            *one,
+            *other,
             tokens * heads,
             scale,
             ROW=row,
+            ROW2=row2,
             HEADS=kv_heads,
             GROUP=heads // kv_heads,
             BLOCK_R=16,
-            BLOCK_C=_part(32, row.columns),
-            BLOCK_D=triton.next_power_of_2(dim),
-            WIDTH=_part(128, triton.next_power_of_2(dim)),
+            BLOCKS=_blocks(row),
+            BLOCKS2=_blocks(row2) if row2 else None,
         )
-    return framed, factor
+    return made
+
+
+def _blocks(row: Row) -> Blocks:
+    dims = triton.next_power_of_2(row.dim)
+    return Blocks(_part(32, row.columns), dims, _part(128, dims))
 
 
 @dataclass(frozen=True, slots=True)

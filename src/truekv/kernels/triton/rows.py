@@ -14,6 +14,8 @@ from truekv.core.lazy import torch
 from truekv.kernels.triton.interpreter import INTERPRETED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from truekv.core.ops import Activation
 
 EMULATED = tl.constexpr(INTERPRETED)
@@ -272,56 +274,127 @@ def _delta_gates(bs, a_s, biases, rates, betas, decays, heads, b_stride, a_strid
     tl.store(decays + row * heads + head, rate * soft(a + bias), mask=real)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
-    """Turn the first 2 P dimensions of [T, H, D] by cosines and sines [T, P]; planes come out as halves."""
-    x = dense(x)
-    outer, inner, dim = x.shape
-    planes = cos.shape[1]
-    out = torch.empty(outer, inner, dim, dtype=x.dtype, device=x.device)
-    if out.numel():
-        rest = dim - 2 * planes
-        blocks = triton.next_power_of_2(planes), triton.next_power_of_2(max(1, rest))
-        _rotate[(outer * inner,)](
-            *(x, cos.contiguous(), sin.contiguous(), out, inner, dim, planes, x.stride(0), x.stride(1)),
+def norm_rotate(
+    heads: Seq[torch.Tensor],
+    gains: Seq[torch.Tensor | None],
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Norm one or two tensors [T, H, D] where they have a gain, and turn their first 2 P dimensions, in one launch."""
+    first, *others = (dense(x) for x in heads)
+    tokens, count, dim = first.shape
+    second = others[0] if others else None
+    gain, other_gain = (*gains, None)[:2]
+    more, planes = 0 if second is None else second.shape[1], cos.shape[1]
+    assert len(heads) == len(gains) <= 2
+    assert second is None or second.shape == (tokens, more, dim)
+    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in heads)
+    if tokens:
+        rest, whole = dim - 2 * planes, triton.next_power_of_2(dim)
+        _norm_rotate[(tokens * (count + more),)](
+            *(first, outs[0], gain, first.stride(0), first.stride(1)),
+            *((None,) * 3 + (0, 0) if second is None else (second, outs[1], other_gain, *second.stride()[:2])),
+            *(cos.contiguous(), sin.contiguous(), dim, planes, eps),
+            HEADS=count,
+            HEADS2=more,
             BETWEEN=2 if interleaved else 1,
             APART=1 if interleaved else planes,
             KEPT=rest > 0,
-            BLOCK=blocks[0],
-            REST=blocks[1],
-            num_warps=1,
+            WHOLE=whole,
+            BLOCK=triton.next_power_of_2(planes),
+            REST=triton.next_power_of_2(max(1, rest)),
+            num_warps=_warps(whole),
         )
-    return out
+    return outs
 
 
 @triton.jit
-def _rotate(
+def _norm_rotate(
     xs,
+    outs,
+    gain,  # float32 [D], or None
+    stride,
+    head_stride,
+    xs2,  # another tensor of as many tokens, or None
+    outs2,
+    gain2,
+    stride2,
+    head_stride2,
     cosines,
     sines,
-    outs,
-    inner,
     dim,
     planes,
-    stride,
-    inner_stride,
+    eps,
+    HEADS: tl.constexpr,
+    HEADS2: tl.constexpr,
     BETWEEN: tl.constexpr,
     APART: tl.constexpr,
     KEPT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """One row of one head; planes are (BETWEEN i, BETWEEN i + APART)."""
-    row = tl.program_id(0).to(tl.int64)
-    outer = row // inner
-    x, out = xs + outer * stride + row % inner * inner_stride, outs + row * dim
+    """One row of one head: of each token first the heads of the one tensor, then those of the other."""
+    token = (tl.program_id(0) // (HEADS + HEADS2)).to(tl.int64)
+    head = tl.program_id(0) % (HEADS + HEADS2)
+    cosines += token * planes
+    sines += token * planes
+    if head < HEADS:
+        _turn(
+            *(xs + token * stride + head.to(tl.int64) * head_stride, outs + (token * HEADS + head) * dim, gain),
+            *(cosines, sines, dim, planes, eps, BETWEEN, APART, KEPT, WHOLE, BLOCK, REST),
+        )
+    elif xs2 is not None:
+        other = (head - HEADS).to(tl.int64)
+        _turn(
+            *(xs2 + token * stride2 + other * head_stride2, outs2 + (token * HEADS2 + other) * dim, gain2),
+            *(cosines, sines, dim, planes, eps, BETWEEN, APART, KEPT, WHOLE, BLOCK, REST),
+        )
+
+
+@triton.jit
+def _turn(
+    x,
+    out,
+    gain,
+    cosines,
+    sines,
+    dim,
+    planes,
+    eps,
+    BETWEEN: tl.constexpr,
+    APART: tl.constexpr,
+    KEPT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One row; planes are (BETWEEN i, BETWEEN i + APART)."""
+    by = 1.0
+    if gain is not None:
+        # As in _norm, in whose order squares are added up.
+        place = tl.arange(0, WHOLE)
+        row = tl.load(x + place, mask=place < dim, other=0.0).to(tl.float32)
+        by = 1.0 / tl.sqrt(tl.sum(row * row, 0) / dim + eps)
     plane = tl.arange(0, BLOCK)
     real = plane < planes
-    cos = tl.load(cosines + outer * planes + plane, mask=real, other=0.0)
-    sin = tl.load(sines + outer * planes + plane, mask=real, other=0.0)
-    first = tl.load(x + BETWEEN * plane, mask=real, other=0.0).to(tl.float32)
-    second = tl.load(x + BETWEEN * plane + APART, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + plane, narrow(first * cos - second * sin, outs), mask=real)
-    tl.store(out + planes + plane, narrow(second * cos + first * sin, outs), mask=real)
+    cos, sin = tl.load(cosines + plane, mask=real, other=0.0), tl.load(sines + plane, mask=real, other=0.0)
+    first = _normed(x, out, gain, by, BETWEEN * plane, real)
+    second = _normed(x, out, gain, by, BETWEEN * plane + APART, real)
+    tl.store(out + plane, narrow(first * cos - second * sin, out), mask=real)
+    tl.store(out + planes + plane, narrow(second * cos + first * sin, out), mask=real)
     if KEPT:
         place = 2 * planes + tl.arange(0, REST)
-        tl.store(out + place, tl.load(x + place, mask=place < dim, other=0.0), mask=place < dim)
+        tl.store(out + place, narrow(_normed(x, out, gain, by, place, place < dim), out), mask=place < dim)
+
+
+@triton.jit
+def _normed(xs, out, gain, by, place, real):
+    """Return some numbers of a row as its norm rounds them to what `out` points to, or as they are."""
+    x = tl.load(xs + place, mask=real, other=0.0).to(tl.float32)
+    if gain is not None:
+        x = narrow(x * by * tl.load(gain + place, mask=real, other=0.0), out).to(tl.float32)
+    return x

@@ -13,6 +13,8 @@ from truekv.core.spec import Field, Live, Paged
 from truekv.models.blocks import RMSNorm, Shapes, linear_shapes, norm, tile_columns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from truekv.core.batch import Step
     from truekv.core.ops import Matrix, Ops
     from truekv.core.protocols import LayerMemory, PagedMemory
@@ -66,7 +68,7 @@ class GqaShape:
         products = rows + (self.kv_heads + self.gated * self.heads) * self.head_dim
         read = self.heads * self.head_dim
         return Live(
-            products + 2 * rows + 2 * read,
+            products + rows + 2 * read,
             self.heads * (columns + 1) + read + 3 * self.head_dim,
             merged=self.heads * (columns + 2),
             group=self.heads // self.kv_heads,
@@ -74,12 +76,8 @@ class GqaShape:
 
     def build(self, weights: Weights, prefix: str) -> GQA:
         """Compose the attention from its tensors."""
-        norms = None
-        if self.head_norm:
-            norms = (
-                norm(weights, f"{prefix}q_norm", self.eps, zero_centred=self.zero_centred),
-                norm(weights, f"{prefix}k_norm", self.eps, zero_centred=self.zero_centred),
-            )
+        names = ("q_norm", "k_norm") if self.head_norm else ()
+        norms = [norm(weights, prefix + name, self.eps, zero_centred=self.zero_centred) for name in names]
         inputs = weights.linear(*(f"{prefix}{name}_proj" for name in "qkv"))
         return GQA(self, weights.ops, inputs, weights.linear(f"{prefix}o_proj"), norms)
 
@@ -87,10 +85,8 @@ class GqaShape:
 class GQA:
     """Causal attention of H query heads over K shared key/value heads."""
 
-    def __init__(
-        self, shape: GqaShape, ops: Ops, inputs: Matrix, out: Matrix, norms: tuple[RMSNorm, RMSNorm] | None
-    ) -> None:
-        """Take the map to q (with its gates), k and v side by side, and the norms of queries and keys."""
+    def __init__(self, shape: GqaShape, ops: Ops, inputs: Matrix, out: Matrix, norms: Seq[RMSNorm] = ()) -> None:
+        """Take the map to q (with its gates), k and v side by side, and the norms of queries and keys if any."""
         self.shape = shape
         self.ops = ops
         self.inputs = inputs
@@ -107,10 +103,10 @@ class GQA:
         q_THD, k_TKD, v_TKD = torch.split_with_sizes(heads_THD, [queries, shape.kv_heads, shape.kv_heads], 1)
         gate_THD = q_THD[:, 1::2] if shape.gated else None
         q_THD = q_THD[:, ::2] if shape.gated else q_THD
-        if self.norms is not None:
-            q_THD, k_TKD = self.norms[0](q_THD), self.norms[1](k_TKD)
         if angles is not None:
-            q_THD, k_TKD = angles.rotate(q_THD), angles.rotate(k_TKD)
+            q_THD, k_TKD = angles.rotate(q_THD, k_TKD, norms=self.norms)
+        elif self.norms:
+            q_THD, k_TKD = (norm(x_THD) for norm, x_THD in zip(self.norms, (q_THD, k_TKD), strict=True))
         out_THD = cast("PagedMemory", memory).attend((q_THD,), (k_TKD, v_TKD), self.scale, step)
         out_THD = out_THD.to(x_TC.dtype) if gate_THD is None else self.ops.gate(out_THD, gate_THD)
         return self.out(out_THD.flatten(1))

@@ -95,36 +95,18 @@ class MlaShape:
         folded = expand.float() * weights.take(f"{prefix}kv_a_layernorm.weight").float()
         folded_HEL = folded.to(expand.dtype).view(self.heads, self.content + self.value, self.latent)
         key_HNL, value_HVL = torch.split(folded_HEL, [self.content, self.value], 1)
+        queries = None
+        if self.query_rank:
+            queries = norm(weights, f"{prefix}q_a_layernorm", LATENT_EPS), weights.linear(f"{prefix}q_b_proj")
+        first = "q_a_proj" if self.query_rank else "q_proj"
         return Mla(
             self,
             ops,
-            self._queries(weights, prefix),
-            weights.linear(f"{prefix}kv_a_proj_with_mqa"),
+            weights.linear(f"{prefix}{first}", f"{prefix}kv_a_proj_with_mqa"),
+            queries,
             (ops.head_matrices(key_HNL.transpose(1, 2)), ops.head_matrices(value_HVL)),
             weights.linear(f"{prefix}o_proj"),
         )
-
-    def _queries(self, weights: Weights, prefix: str) -> Queries:
-        if not self.query_rank:
-            return Queries(weights.linear(f"{prefix}q_proj"))
-        first = weights.linear(f"{prefix}q_a_proj"), norm(weights, f"{prefix}q_a_layernorm", LATENT_EPS)
-        return Queries(weights.linear(f"{prefix}q_b_proj"), first)
-
-
-class Queries:
-    """The map from the residual to all query heads, through a normed low rank or directly."""
-
-    def __init__(self, last: Matrix, first: tuple[Matrix, RMSNorm] | None = None) -> None:
-        """`first` maps C to the rank and norms it; `last` makes the heads."""
-        self.last = last
-        self.first = first
-
-    def __call__(self, x_TC: torch.Tensor) -> torch.Tensor:
-        """Map [T, C] to [T, H * (N + R)]."""
-        if self.first is None:
-            return self.last(x_TC)
-        down, norm = self.first
-        return self.last(norm(down(x_TC)))
 
 
 class Mla:
@@ -134,16 +116,20 @@ class Mla:
         self,
         shape: MlaShape,
         ops: Ops,
-        queries: Queries,
-        compress: Matrix,
+        inputs: Matrix,
+        queries: tuple[RMSNorm, Matrix] | None,
         up: tuple[HeadMatrices, HeadMatrices],
         out: Matrix,
     ) -> None:
-        """`compress` maps C -> L + R; `up` is U_K^T, N -> L, and U_V, L -> V, the norm folded in."""
+        """Take the map from C to the query's heads and L + R side by side.
+
+        Or to the query's rank in their place, which `queries` norms and maps to heads. `up` is U_K^T, N -> L, and U_V,
+        L -> V, the norm folded in.
+        """
         self.shape = shape
         self.ops = ops
+        self.inputs = inputs
         self.queries = queries
-        self.compress = compress
         self.key, self.value = up
         self.out = out
 
@@ -151,15 +137,18 @@ class Mla:
         """Map [T, C] to [T, C], storing one latent and one rotary row per token."""
         assert angles is not None, "latent attention always has rotary positions"
         shape = self.shape
-        query_THD = self.queries(x_TC).view(len(x_TC), shape.heads, -1)
+        head = shape.content + shape.rotary
+        widths = [shape.query_rank or shape.heads * head, shape.latent, shape.rotary]
+        query_TE, latent_TL, key_TR = torch.split_with_sizes(self.inputs(x_TC), widths, -1)
+        if self.queries is not None:
+            norm, expand = self.queries
+            query_TE = expand(norm(query_TE))
+        query_THD = query_TE.view(len(x_TC), shape.heads, head)
         content_THN, rotary_THR = torch.split_with_sizes(query_THD, [shape.content, shape.rotary], -1)
-        latent_TL, key_TR = torch.split_with_sizes(self.compress(x_TC), [shape.latent, shape.rotary], -1)
         latent_T1L = self.ops.rms_norm(latent_TL, None, LATENT_EPS)[:, None]
+        rotary_THR, key_T1R = angles.rotate(rotary_THR, key_TR[:, None])
         read_THL = cast("PagedMemory", memory).attend(
-            (self.key(content_THN), angles.rotate(rotary_THR)),
-            (latent_T1L, angles.rotate(key_TR[:, None])),
-            shape.scale,
-            step,
+            (self.key(content_THN), rotary_THR), (latent_T1L, key_T1R), shape.scale, step
         )
         return self.out(self.value(read_THL.to(x_TC.dtype)).flatten(1))
 

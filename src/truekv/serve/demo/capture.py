@@ -191,9 +191,9 @@ class FreshTokensOnly:
         """Refuse nothing that the kernels would run."""
         return self._kernels.refusal(layer, formats)
 
-    def store(self, stored: Stored, rows: torch.Tensor, step: Step) -> None:
+    def store(self, fields: tuple[Stored, ...], rows: tuple[torch.Tensor, ...], step: Step) -> None:
         """Store rows as the kernels do."""
-        self._kernels.store(stored, rows, step)
+        self._kernels.store(fields, rows, step)
 
     def attend(
         self,
