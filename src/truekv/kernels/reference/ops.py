@@ -48,7 +48,10 @@ class ReferenceHeads:
 
     def __call__(self, x_THI: torch.Tensor) -> torch.Tensor:
         """Map [T, H, in] to [T, H, out]."""
-        return torch.bmm(x_THI.transpose(0, 1), self.weight_HIO).transpose(0, 1)
+        out_THO = x_THI.new_empty(*x_THI.shape[:2], self.weight_HIO.shape[2])
+        # Heads of a token side by side, as what follows wants them.
+        torch.bmm(x_THI.transpose(0, 1), self.weight_HIO, out=out_THO.transpose(0, 1))
+        return out_THO
 
 
 class ReferenceExperts:

@@ -6,6 +6,7 @@ I = H P inner size, D = I + 2 G N channels of the convolution (x, B and C side b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -133,7 +134,10 @@ class Mamba2:
         gate_TI, conv_TD, dt_TH = torch.split_with_sizes(
             self.into(x_TC), [shape.inner, shape.channels, shape.heads], -1
         )
-        dt_TH = self.ops.softplus(dt_TH, self.dt_bias).clamp(*shape.limits)
+        dt_TH = self.ops.softplus(dt_TH, self.dt_bias)
+        # What softplus returns is not negative as it is.
+        if shape.limits != (0.0, math.inf):
+            dt_TH = dt_TH.clamp(*shape.limits)
         y_THP = cast("StateMemory", memory).scan({"conv": conv_TD, "dt": dt_TH}, self.scan, step)
         # Each of G groups of channels has its own rms, whatever heads it takes from.
         y_TGd = y_THP.reshape(len(y_THP), shape.groups, -1)
