@@ -60,7 +60,7 @@ def there(cache: Cache) -> tuple[Stored, ...]:
 
 def rows_of(kind: kernel.Kind, lengths: list[int], seed: int = 0) -> Cache:
     layer = mla(kernel.LATENT, kernel.ROPE) if kind.tiles else gqa(2, kind.dim)
-    return fill(layer, formats(kind.keys, "int8" if kind.tiles else "kv4"), lengths, seed=seed)
+    return fill(layer, formats(kind.keys, kind.values), lengths, seed=seed)
 
 
 def error(cache: Cache, counts: list[int], group: int, launches: list[object]) -> float:

@@ -513,6 +513,11 @@ def _logic(a: Array, b: Array, c: Array, table: Array) -> Array:
     return out
 
 
+def _inserted(a: Array, b: Array, start: Array, length: Array) -> Array:
+    mask = np.uint32(((1 << int(length)) - 1) << int(start) & 0xFFFFFFFF)
+    return a << start & mask | b & ~mask
+
+
 def _fused_halves(*words: Array) -> Array:
     a, b, c = (
         np.ascontiguousarray(word).reshape(-1).view(np.float16).reshape(-1, 2).astype(np.float64) for word in words
@@ -558,6 +563,7 @@ _PLAIN: Final[dict[str, Callable[..., Array]]] = {
     "rem": lambda a, b: a - _divided(a, b) * b,
     "prmt": _permuted,
     "lop3": _logic,
+    "bfi": _inserted,
     "fma.rn": lambda a, b, c: (
         _fused_halves(*np.broadcast_arrays(a, b, c))
         if a.dtype == np.uint32

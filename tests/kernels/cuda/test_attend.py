@@ -27,15 +27,22 @@ if TYPE_CHECKING:
 
 pytestmark = NEEDS_NVCC
 SMALL = kernel.Kind("kv4", 64)
-LEVEL = torch.tensor(LEVELS["kv4"], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("values", ["kv4", "turboquant_4bit"])
+@pytest.mark.parametrize("turboquant", [False, True])
 @pytest.mark.parametrize("kind", kernel.GROUPED, ids=str)
-def test_every_kind_of_rows(kind: kernel.Kind, values: str, emulated: Emulated) -> None:
-    keys = values if kind.keys == "kv4" else kind.keys
-    cache = fill(gqa(2, kind.dim), formats(keys, values), [70, 33], measured=True, seed=kind.dim)
+def test_every_kind_of_rows(kind: kernel.Kind, turboquant: bool, emulated: Emulated) -> None:
+    alike = {"kv4": "turboquant_4bit", "kv3": "turboquant_3bit"} if turboquant else {}
+    names = [alike.get(code, code) for code in (kind.keys, kind.values)]
+    cache = fill(gqa(2, kind.dim), formats(*names), [70, 33], measured=True, seed=kind.dim)
     assert error(cache, [1, 2], 4, emulated) < BOUND
+
+
+@pytest.mark.parametrize("kind", [kernel.Kind("kv3", 128, "kv3"), kernel.Kind("kv3", 256, "kv3")], ids=str)
+@pytest.mark.parametrize("length", [1, 33, 129, SPAN + 1])
+def test_lengths_of_3_bits(length: int, kind: kernel.Kind, emulated: Emulated) -> None:
+    cache = fill(gqa(1, kind.dim), formats("kv3", "kv3"), [length, 40])
+    assert error(cache, [min(length, 3), 3], 2, emulated) < BOUND
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,7 @@ def raw(cache: Cache, query: torch.Tensor, emulated: Emulated) -> tuple[torch.Te
     step = cache.step([1] * tokens)
     out = torch.empty(tokens, heads, dim), torch.empty(tokens, heads), torch.empty(tokens, heads)
     numbers = (1, step.pages.shape[1], 0, heads // kv_heads, 1)
-    emulated.load(kernel.Kind(key.format.name, dim), query.device).launch(
+    emulated.load(kernel.Kind(key.format.name, dim, cache.fields[1].format.name), query.device).launch(
         (kv_heads, tokens, 1),
         (
             *(item.data[:, item.start :] for item in cache.fields),
@@ -79,6 +86,18 @@ def raw(cache: Cache, query: torch.Tensor, emulated: Emulated) -> tuple[torch.Te
     return out
 
 
+def numbers(codes: torch.Tensor, code: str) -> torch.Tensor:
+    """What codes stand for, in storage order."""
+    if code == "int8":
+        return codes.view(torch.int8).double()
+    if code == "kv4":
+        each = [codes & 15, codes >> 4]
+    else:
+        *two, third = codes.split(codes.shape[-1] // 3, -1)
+        each = [two[part % 2] >> part // 2 * 2 & 3 | (third >> part & 1) << 2 for part in range(8)]
+    return torch.tensor(LEVELS[code], dtype=torch.float64)[torch.stack(each, -1).flatten(1).long()]
+
+
 def planes(cache: Cache, which: int) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scales = reference.planes(cache.fields[which])
     return codes, scales
@@ -88,17 +107,19 @@ def planes(cache: Cache, which: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_code_in_every_place_is_its_level(kind: kernel.Kind, emulated: Emulated) -> None:
     """One key per sequence, met by queries that are one number each; and one value, which its average is."""
     dim, make = kind.dim, torch.Generator().manual_seed(kind.dim)
-    cache = fill(gqa(1, dim), formats(kind.keys, "kv4"), [1] * dim)
+    cache = fill(gqa(1, dim), formats(kind.keys, kind.values), [1] * dim)
     levels: list[torch.Tensor] = []
     for which in range(2):
         lines, scales = planes(cache, which)
         codes = torch.randint(0, 256, (dim, lines.shape[-1]), dtype=torch.uint8, generator=make)
         lines[cache.pages[:, 0], 0, 0] = codes
         scales[cache.pages[:, 0], 0, 0] = torch.tensor([1.0]).half().view(torch.uint8)
-        nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
-        levels.append(codes.view(torch.int8).double() if lines.shape[-1] == dim else LEVEL[nibbles.long()])
-    # Nibbles of words are decoded alike: every code is in each.
-    assert len(set((nibbles.view(-1, 8) * 8 + torch.arange(8)).flatten().tolist())) == 128
+        levels.append(numbers(codes, (kind.keys, kind.values)[which]))
+    # Words are decoded alike: every level of a code is in each place of one, or of three.
+    for code, found in zip((kind.keys, kind.values), levels, strict=True):
+        width = {"kv4": 8, "kv3": 32, "int8": 0}[code]
+        seen = [set(found[:, place::width].flatten().tolist()) for place in range(width)]
+        assert all(len(one) == len(LEVELS[code]) for one in seen)
     columns = (torch.arange(dim)[:, None] * 8 + torch.arange(8)) % dim
     average, largest, total = raw(cache, torch.nn.functional.one_hot(columns, dim).float(), emulated)
     assert torch.equal(largest.double(), levels[0].gather(1, columns))
@@ -261,6 +282,8 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
     assert not paged.taken(gqa(2, 256), (eight, four))
     assert not paged.taken(gqa(2, 80), (four, four))
     assert not paged.taken(gqa(2, 128), (four, eight))
+    assert not paged.taken(gqa(2, 64), formats("kv3", "kv3"))
+    assert not paged.taken(gqa(2, 128), formats("int8", "kv3"))
     assert not paged.taken(Paged((Field("l", 1, 64, "both"), Field("r", 1, 64, "key"))), (four, four))
 
 

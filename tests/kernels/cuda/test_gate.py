@@ -24,7 +24,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def name(kind: kernel.Kind) -> str:
-    return f"latent {kind.keys} {kind.tiles} tiles" if kind.tiles else f"{kind.keys}/kv4 {kind.dim}"
+    return f"latent {kind.keys} {kind.tiles} tiles" if kind.tiles else f"{kind.keys}/{kind.values} {kind.dim}"
 
 
 def numbers(kind: kernel.Kind) -> float:

@@ -1,15 +1,15 @@
-// Attention of up to eight query rows over spans of one kv head's rows: values of 4 bits (kv4 of formats/lm.py), keys of
-// 4 bits likewise or of 8 (int8).
+// Attention of up to eight query rows over spans of one kv head's rows: values of 4 or 3 bits (kv4 and kv3 of
+// formats/lm.py), keys of 4 or 3 bits likewise or of 8 (int8).
 //
 // Four warps take the pages of a span in turn. A page's codes go from memory to registers once, in the order in which
 // tensor cores want their first operand: keys as 16 tokens x 32 columns of bytes, values as 16 columns x 16 tokens of
 // halves. Query rows are the eight columns of both products, so a code is decoded once for all of them, and no number
-// passes through shared memory before the warps merge. Compiled for compute capability 9.0 with DIM of 64, 128 or 256,
-// KEY_BITS, and PAGE and SPAN, the tokens of a page and of a span.
+// passes through shared memory before the warps merge. Compiled for compute capability 9.0 with DIM of 64 (not for
+// kv3), 128 or 256, KEY_BITS, VALUE_BITS, and PAGE and SPAN, the tokens of a page and of a span.
 //
 // Lane = 4 r + c. Token 4 r + 2 t + u of a page is row r + 8 u of scores of tile t, whose columns are query rows 2 c
-// and 2 c + 1. Numbers count as columns in storage order: 2 j and 2 j + 1 are the low and the high nibble of byte j.
-// Nothing but PTX is included, so NVRTC needs no headers.
+// and 2 c + 1. Numbers count as columns in storage order: of kv4 2 j and 2 j + 1 are the low and the high nibble of
+// byte j, of kv3 8 j to 8 j + 7 are the parts of place j. Nothing but PTX is included, so NVRTC needs no headers.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -17,13 +17,17 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 constexpr int WARPS = 4;
-constexpr int KEY_BYTES = DIM * KEY_BITS / 8, VALUE_BYTES = DIM / 2;
-constexpr int KEY_WORDS = KEY_BYTES / 16, VALUE_WORDS = DIM / 64, QUERY_WORDS = DIM / 16, TILES = DIM / 16;
+constexpr int KEY_BYTES = DIM * KEY_BITS / 8, VALUE_BYTES = DIM * VALUE_BITS / 8;
+constexpr int KEY_WORDS = KEY_BYTES / 16, QUERY_WORDS = DIM / 16, TILES = DIM / 16;
+// Values of 4 bits are loaded as their product wants them: of 8 tokens, an eighth of each. Those of 3 bits as keys are.
+constexpr int VALUE_TOKENS = VALUE_BITS == 4 ? 8 : 4, VALUE_WORDS = VALUE_BYTES / (VALUE_BITS == 4 ? 32 : 16);
+constexpr float UNIT = VALUE_BITS == 4 ? 1 : 16777216;  // of a value in its product
 constexpr float LOWEST = -3.0e38f;         // as in kernels/triton/attention.py
 constexpr float SMALLEST = 5.9604645e-8f;  // 2^-24, of the scales that are not 0
 constexpr float UNITS = 32512;             // of a query's 1: 127 * 256
 constexpr u32 ALL = 0xffffffffu;
-constexpr u32 CONSTANTS = 0xe6006600u;  // 1536 and -1536
+constexpr u32 CONSTANTS = 0xe6006600u;                   // 1536 and -1536
+constexpr u32 ABOVE = 0x00800080u, BELOW = 0x80808080u;  // 128 * 2^-24 and -128 * 2^-24, twice
 
 __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ u32 permuted(u32 a, u32 b, u32 selectors) {
@@ -97,12 +101,45 @@ __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
   }
 }
 
+// Three planes of a row of 3-bit codes: two bits of even parts, of odd parts, third bits; a lane's words of each.
+template <int WORDS>
+__device__ __forceinline__ void load_planes(u32* d, const unsigned char* at, int plane) {
+#pragma unroll
+  for (int i = 0; i < 3; i++) load<WORDS / 3>(d + i * (WORDS / 3), at + i * plane);
+}
+template <int BITS, int WORDS>
+__device__ __forceinline__ void load_row(u32* d, const unsigned char* at) {
+  if constexpr (BITS == 3)
+    load_planes<WORDS>(d, at, DIM / 8);
+  else
+    load<WORDS>(d, at);
+}
+// The i-th eight codes of a row of them as selectors of bytes: of four places in turn, the parts 0 and 4, 2 and 6, 1 and
+// 5, or 3 and 7.
+template <int WORDS>
+__device__ __forceinline__ u32 three_bits(const u32* row, int i) {
+  const u32 two = row[(i % 4 < 2 ? 0 : WORDS / 3) + i / 4] >> (i % 2 * 2), third = row[WORDS / 3 * 2 + i / 4];
+  const u32 moved = i % 4 == 0 ? third << 2 : i % 4 == 1 ? third : i % 4 == 2 ? third << 1 : third >> 1;
+  return (two & 0x33333333u) | (moved & 0x44444444u);
+}
+// Where its columns begin, of those that a lane of so many numbers has: two places, each with two parts.
+__device__ __forceinline__ int three_bit_column(int word, int k) {
+  const int i = word / 2, parts = i % 4 == 0 ? 0 : i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : 3;
+  return 32 * (i / 4) + 8 * (2 * (word % 2) + k / 2) + parts + k % 2 * 4;
+}
+
 // The i-th eight codes of one key as numbers, bytes in the order of their columns. Codes of 8 bits are what they stand
 // for; codes of 4 bits are selectors of bytes, see kernels/triton/codebook.py.
 __device__ __forceinline__ void decode_key(const u32* row, int i, u32* out) {
   if constexpr (KEY_BITS == 8) {
     out[0] = row[2 * i];
     out[1] = row[2 * i + 1];
+    return;
+  }
+  if constexpr (KEY_BITS == 3) {
+    const u32 select = three_bits<KEY_WORDS>(row, i);
+    out[0] = permuted(0xf6e1c9a8u, 0x58371f0au, select);
+    out[1] = permuted(0xf6e1c9a8u, 0x58371f0au, select >> 16);
     return;
   }
   const u32 codes = row[i];
@@ -130,7 +167,7 @@ __device__ __forceinline__ u32 decode_value(u32 codes) {
 }
 
 struct Rows {
-  u32 keys[2][2][KEY_WORDS], values[2][4][VALUE_WORDS], key_scales[2], value_scales[2];
+  u32 keys[2][2][KEY_WORDS], values[2][VALUE_TOKENS / 2][VALUE_WORDS], key_scales[2], value_scales[2];
 };
 
 // Where a lane reads in page 0.
@@ -142,18 +179,19 @@ struct Places {
 __device__ __forceinline__ void load_keys(Rows& rows, Places at, u32 page, u32 page_bytes) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    load<KEY_WORDS>(rows.keys[i / 2][i % 2], at.codes + (u64)page * page_bytes + i * KEY_BYTES);
+    load_row<KEY_BITS, KEY_WORDS>(rows.keys[i / 2][i % 2], at.codes + (u64)page * page_bytes + i * KEY_BYTES);
   load<2>(rows.key_scales, at.scales + (u64)page * page_bytes);
 }
 
-// Token 8 c + 4 i + 2 t + u of a page: number i of pair u of tile t.
+// Token 8 c + 4 i + 2 t + u of a page: number i of pair u of tile t. Of 3 bits: token 4 r + 2 t + u.
 __device__ __forceinline__ void load_values(Rows& rows, Places at, u32 page, u32 page_bytes) {
 #pragma unroll
   for (int t = 0; t < 2; t++)
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      load<VALUE_WORDS>(rows.values[t][i],
-                        at.codes + (u64)page * page_bytes + (4 * (i % 2) + 2 * t + i / 2) * VALUE_BYTES);
+    for (int i = 0; i < VALUE_TOKENS / 2; i++) {
+      const int token = VALUE_BITS == 4 ? 4 * (i % 2) + 2 * t + i / 2 : 2 * t + i;
+      load_row<VALUE_BITS, VALUE_WORDS>(rows.values[t][i], at.codes + (u64)page * page_bytes + token * VALUE_BYTES);
+    }
   load<2>(rows.value_scales, at.scales + (u64)page * page_bytes);
 }
 
@@ -177,8 +215,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
 
   keys += (i64)head * PAGE * (KEY_BYTES + 2);
   values += (i64)head * PAGE * (VALUE_BYTES + 2);
-  Places key_places = {keys + 4 * r * KEY_BYTES + 4 * KEY_WORDS * c, keys + PAGE * KEY_BYTES + 8 * r};
-  Places value_places = {values + 8 * c * VALUE_BYTES + 4 * VALUE_WORDS * r, values + PAGE * VALUE_BYTES + 8 * r};
+  Places key_places = {keys + 4 * r * KEY_BYTES + 4 * c * (KEY_BITS == 3 ? KEY_WORDS / 3 : KEY_WORDS),
+                       keys + PAGE * KEY_BYTES + 8 * r};
+  Places value_places = {VALUE_BITS == 4 ? values + 8 * c * VALUE_BYTES + 4 * VALUE_WORDS * r
+                                         : values + 4 * r * VALUE_BYTES + 4 * c * (VALUE_WORDS / 3),
+                         values + PAGE * VALUE_BYTES + 8 * r};
   // Kept in registers, not computed again for each page.
   asm volatile("" : "+l"(key_places.codes), "+l"(key_places.scales));
   asm volatile("" : "+l"(value_places.codes), "+l"(value_places.scales));
@@ -198,7 +239,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
 #pragma unroll
   for (int i = 0; i < QUERY_WORDS; i++) {
     u32 four[4];
-    load<4>(four, numbers + 16 * i);
+    if constexpr (KEY_BITS == 3) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) load<1>(four + k, numbers + 4 * three_bit_column(i, k));
+    } else {
+      load<4>(four, numbers + 16 * i);
+    }
 #pragma unroll
     for (int j = 0; j < 4; j++) four[j] = __float_as_uint(fmaf(__uint_as_float(four[j]), UNITS, 12582912.0f));
     const u32 a = permuted(four[0], four[1], 0x5140u), b = permuted(four[2], four[3], 0x5140u);
@@ -336,18 +382,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
           weight[j] *= value_scale[t][j / 2];
         }
         const u32 b0 = transposed(narrow(weight[0], weight[1])), b1 = transposed(narrow(weight[2], weight[3]));
-        multiply(constants, CONSTANTS, CONSTANTS, CONSTANTS, CONSTANTS, b0, b1);
+        if constexpr (VALUE_BITS == 4) {
+          multiply(constants, CONSTANTS, CONSTANTS, CONSTANTS, CONSTANTS, b0, b1);
 #pragma unroll
-        for (int i = 0; i < 2 * VALUE_WORDS; i++) {
-          // Two bytes of each of two values, side by side.
-          const u32 chosen = i % 2 ? 0x7632u : 0x5410u;
-          const u32 x = permuted(rows.values[t][0][i / 2], rows.values[t][1][i / 2], chosen);
-          const u32 y = permuted(rows.values[t][2][i / 2], rows.values[t][3][i / 2], chosen);
-          const u32 x0 = decode_value(x << 4), x1 = decode_value(x), y0 = decode_value(y << 4), y1 = decode_value(y);
-          multiply(mean[2 * i], x0, x1, y0, y1, b0, b1);
-          const u32 x2 = decode_value(x >> 4), x3 = decode_value(x >> 8);
-          const u32 y2 = decode_value(y >> 4), y3 = decode_value(y >> 8);
-          multiply(mean[2 * i + 1], x2, x3, y2, y3, b0, b1);
+          for (int i = 0; i < 2 * VALUE_WORDS; i++) {
+            // Two bytes of each of two values, side by side.
+            const u32 chosen = i % 2 ? 0x7632u : 0x5410u;
+            const u32 x = permuted(rows.values[t][0][i / 2], rows.values[t][1][i / 2], chosen);
+            const u32 y = permuted(rows.values[t][2][i / 2], rows.values[t][3][i / 2], chosen);
+            const u32 x0 = decode_value(x << 4), x1 = decode_value(x), y0 = decode_value(y << 4), y1 = decode_value(y);
+            multiply(mean[2 * i], x0, x1, y0, y1, b0, b1);
+            const u32 x2 = decode_value(x >> 4), x3 = decode_value(x >> 8);
+            const u32 y2 = decode_value(y >> 4), y3 = decode_value(y >> 8);
+            multiply(mean[2 * i + 1], x2, x3, y2, y3, b0, b1);
+          }
+        } else {
+          // A level is a byte, 128 above it in one token and below it in the next, and a byte is a half b * 2^-24.
+          multiply(constants, ABOVE, ABOVE, BELOW, BELOW, b0, b1);
+#pragma unroll
+          for (int i = 0; i < TILES / 2; i++) {
+            const u32 above = three_bits<VALUE_WORDS>(rows.values[t][0], i);
+            const u32 below = three_bits<VALUE_WORDS>(rows.values[t][1], i);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+              const u32 x = transposed(permuted(0x76614928u, 0xd8b79f8au, k ? above >> 16 : above));
+              const u32 y = transposed(permuted(0x8a9fb7d8u, 0x28496176u, k ? below >> 16 : below));
+              multiply(mean[2 * i + k], permuted(x, 0, 0x4240u), permuted(x, 0, 0x4341u),
+                       permuted(y, 0x80808080u, 0x4240u), permuted(y, 0x80808080u, 0x4341u), b0, b1);
+            }
+          }
         }
       }
       if (next < stop) load_values(rows, value_places, at, value_page_bytes);
@@ -369,13 +432,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
       float most = tops[0][4 * i + c];
 #pragma unroll
       for (int w = 1; w < WARPS; w++) most = fmaxf(most, tops[w][4 * i + c]);
-      const float old = power(top[i] - most), less = -constants[i] * old;
-      float* out = means[warp][4 * i + c] + r * (DIM / 8);
+      const float old = power(top[i] - most) * UNIT, less = -constants[i] * old;
+      float* out = means[warp][4 * i + c];
+      if constexpr (VALUE_BITS == 4) {
 #pragma unroll
-      for (int m = 0; m < TILES; m += 2)
-        *(float4*)(out + 2 * m) =
-            make_float4(fmaf(mean[m][i], old, less), fmaf(mean[m][i + 2], old, less), fmaf(mean[m + 1][i], old, less),
-                        fmaf(mean[m + 1][i + 2], old, less));
+        for (int m = 0; m < TILES; m += 2)
+          *(float4*)(out + r * (DIM / 8) + 2 * m) =
+              make_float4(fmaf(mean[m][i], old, less), fmaf(mean[m][i + 2], old, less),
+                          fmaf(mean[m + 1][i], old, less), fmaf(mean[m + 1][i + 2], old, less));
+      } else {
+        // Parts 0 and 4 of a place are two rows of one tile, then 2 and 6, 1 and 5, 3 and 7.
+#pragma unroll
+        for (int j = 0; j < TILES / 4; j++) {
+          const int m = j / 2 * 8 + j % 2, place = VALUE_WORDS / 3 * 4 * (r / 2) + j / 2 * 4 + j % 2 * 2 + r % 2;
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            *(float4*)(out + 8 * place + 4 * half) =
+                make_float4(fmaf(mean[m][i + 2 * half], old, less), fmaf(mean[m + 4][i + 2 * half], old, less),
+                            fmaf(mean[m + 2][i + 2 * half], old, less), fmaf(mean[m + 6][i + 2 * half], old, less));
+        }
+      }
     }
     __syncthreads();
 #pragma unroll

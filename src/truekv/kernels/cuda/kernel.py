@@ -32,7 +32,7 @@ BOUND: Final = 5e-4
 """Of the error on a device, relative to the largest number: weights are halves, of 11 bits."""
 _FACTOR: Final = 8.0
 _UNITS: Final = 32512.0
-_BITS: Final = {"kv4": 4, "int8": 8}
+_BITS: Final = {"kv3": 3, "kv4": 4, "int8": 8}
 _LOWEST: Final = -3.0e38
 
 
@@ -40,10 +40,12 @@ class Kind(NamedTuple):
     """What a kernel is compiled for."""
 
     keys: str
-    """Their code: kv4 or int8."""
+    """Their code: kv4, kv3 or int8."""
     dim: int
+    values: str = "kv4"
+    """Their code: kv4 or kv3, or that of latent keys, which they are."""
     tiles: int = 0
-    """Of eight query rows that one block has, where rows are latent ones and int8; 0 where values are rows of kv4."""
+    """Of eight query rows that one block has, where rows are latent ones; else 0."""
 
     @property
     def source(self) -> Path:
@@ -53,17 +55,30 @@ class Kind(NamedTuple):
     @property
     def definitions(self) -> dict[str, int]:
         """What the source leaves open."""
-        found = {"TILES": self.tiles} if self.tiles else {"DIM": self.dim, "KEY_BITS": _BITS[self.keys]}
-        return {**found, "PAGE": PAGE_TOKENS, "SPAN": SPAN}
+        whole = {"PAGE": PAGE_TOKENS, "SPAN": SPAN}
+        if self.tiles:
+            return {"TILES": self.tiles, **whole}
+        return {"DIM": self.dim, "KEY_BITS": _BITS[self.keys], "VALUE_BITS": _BITS[self.values], **whole}
 
     def __str__(self) -> str:
         """Name the rows."""
-        return f"latent rows of {self.keys}" if self.tiles else f"heads of {self.dim} and {self.keys} keys"
+        if self.tiles:
+            return f"{8 * self.tiles} query rows of latent {self.keys} rows"
+        return f"heads of {self.dim}, {self.keys} keys and {self.values} values"
 
 
+_THREE_BITS: Final = (("kv3", "kv3"), ("kv4", "kv3"), ("kv3", "kv4"))
 # With int8 keys of 256 numbers the compiler runs out of registers.
-GROUPED: Final = (Kind("kv4", 64), Kind("kv4", 128), Kind("kv4", 256), Kind("int8", 64), Kind("int8", 128))
-LATENTS: Final = (Kind("int8", LATENT, 2), Kind("int8", LATENT, 3))
+GROUPED: Final = (
+    *(Kind("kv4", dim) for dim in (64, 128, 256)),
+    *(Kind("int8", dim) for dim in (64, 128)),
+    *(
+        Kind(keys, dim, values)
+        for keys, values in (("kv3", "kv3"), ("kv4", "kv3"), ("kv3", "kv4"))
+        for dim in (128, 256)
+    ),
+)
+LATENTS: Final = tuple(Kind("int8", LATENT, "int8", tiles) for tiles in (2, 3))
 KINDS: Final = GROUPED + LATENTS
 
 
@@ -111,7 +126,7 @@ def error(kind: Kind, device: torch.device) -> float:
     lengths, counts, width = (600, 33), (2, 1), 19
     heads, group = (1, 4 * kind.tiles + 1) if kind.tiles else (2, 2)
     pages = torch.randperm(2 * width, generator=make).view(2, width)
-    wanted = ((kind.keys, dim), (kind.keys, ROPE)) if kind.tiles else ((kind.keys, dim), ("kv4", dim))
+    wanted = (kind.keys, dim), (kind.values, ROPE if kind.tiles else dim)
     sides = [_random(code, size, (2 * width, heads), make) for code, size in wanted]
     scored = sides if kind.tiles else sides[:1]
     # Numbers that the kernel takes as they are: only weights are rounded. Those of two parts have a largest one of 1.
@@ -174,6 +189,10 @@ def _random(code: str, dim: int, shape: tuple[int, int], make: torch.Generator) 
     scales = torch.rand(*shape, PAGE_TOKENS, generator=make).half() / 40
     if code == "int8":
         rows = codes.view(torch.int8).double()
+    elif code == "kv3":
+        *two, third = codes.split(dim // 8, -1)
+        each = [two[part % 2] >> part // 2 * 2 & 3 | (third >> part & 1) << 2 for part in range(8)]
+        rows = torch.tensor(LEVELS[code], dtype=torch.float64)[torch.stack(each, -1).flatten(-2).long()]
     else:
         each = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
         rows = torch.tensor(LEVELS[code], dtype=torch.float64)[each.long()]

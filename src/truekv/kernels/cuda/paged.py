@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from truekv.core.protocols import CacheFormat, Stored
     from truekv.core.spec import Field, Paged
 
-_CODES: Final = {"kv4": "kv4", "turboquant_4bit": "kv4", "int8": "int8"}
+_CODES: Final = {"kv4": "kv4", "turboquant_4bit": "kv4", "kv3": "kv3", "turboquant_3bit": "kv3", "int8": "int8"}
 """By format: those that are stored alike are one code."""
 _ROLES: Final = ["key", "value"]
 _LATENT: Final = [("both", LATENT), ("key", ROPE)]
@@ -100,7 +100,7 @@ def _kinds(fields: Seq[Field], formats: Seq[CacheFormat]) -> tuple[Kind, ...]:
     codes = [_CODES.get(chosen.name.removesuffix("+hadamard"), "") for chosen in formats]
     if [(item.role, item.dim) for item in fields] == _LATENT and codes == ["int8", "int8"]:
         return LATENTS
-    if [item.role for item in fields] != _ROLES or fields[0].dim != fields[1].dim or codes[1] != "kv4":
+    if [item.role for item in fields] != _ROLES or fields[0].dim != fields[1].dim:
         return ()
-    kind = Kind(codes[0], fields[0].dim)
+    kind = Kind(codes[0], fields[0].dim, codes[1])
     return (kind,) if kind in GROUPED else ()
