@@ -97,8 +97,9 @@ def test_a_program_of_several_spans_leaves_the_same_bits(
     one = backend.attend(queries, fields, 0.1, None, step)
     monkeypatch.setattr(tiles, "_MANY", 1)
     several = backend.attend(queries, fields, 0.1, None, step)
-    # Triton has no registers for that where rows are latent ones.
-    assert made == [1, 1 if backend is triton and layer.fields[0].role == "both" else tiles.FOLD]
+    # Triton has no registers for that where rows are latent ones, nor on older devices.
+    able = backend is cuda or (layer.fields[0].role == "key" and tiles.arch() not in range(1, 90))
+    assert made == [1, tiles.FOLD if able else 1]
     assert torch.equal(several, one)
 
 

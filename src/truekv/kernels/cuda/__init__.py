@@ -1,1 +1,1 @@
-"""Kernels in CUDA C++, where Triton's do not keep up with memory: for rows of 4 bits and latent rows, on one device."""
+"""Kernels in CUDA C++, where Triton does not keep up with memory: rows of 4 and 3 bits, latent rows. Hopper alone."""

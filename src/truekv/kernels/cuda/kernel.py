@@ -190,7 +190,7 @@ def _random(code: str, dim: int, shape: tuple[int, int], make: torch.Generator) 
     if code == "int8":
         rows = codes.view(torch.int8).double()
     elif code == "kv3":
-        *two, third = codes.split(dim // 8, -1)
+        two, third = (codes[..., : dim // 8], codes[..., dim // 8 : dim // 4]), codes[..., dim // 4 :]
         each = [two[part % 2] >> part // 2 * 2 & 3 | (third >> part & 1) << 2 for part in range(8)]
         rows = torch.tensor(LEVELS[code], dtype=torch.float64)[torch.stack(each, -1).flatten(-2).long()]
     else:

@@ -1,4 +1,4 @@
-"""Rows in pages where 4-bit rows are attended to in CUDA C++: all else, and longer chunks, are Triton's.
+"""Rows in pages where rows of 4 and 3 bits and latent ones are attended to in CUDA C++: all else is Triton's.
 
 Queries enter the frame of the keys and averages leave that of the values in Triton's kernels, spans are cut and merged
 as there. A step can be captured and replayed with other contents: which kernel runs follows from shapes alone.

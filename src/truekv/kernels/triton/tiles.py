@@ -68,14 +68,17 @@ def attend_options(rows: Seq[Row], queries: int, capability: int) -> Options:
         keys, warps, stages = 32, 4, 3
     elif tile == 8:
         narrow = deep and all(row.code == "bf16" for row in rows) and columns > 64
-        keys, warps, stages = (64 if columns > 128 else 128) // (2 if narrow else 1), 4, 5 if deep else 3
+        stages = 5 if deep else 3 if columns <= 128 else 2
+        keys, warps = (64 if columns > 128 else 128) // (2 if narrow else 1), 4
     elif columns > 128:
         keys, warps, stages = 32, 4, 3
     elif tile == 16:
         keys, warps, stages = 128, 4, 3
     else:
         keys, warps, stages = 64, 4, 2 if deep else 3
-    return Options(tile, max(keys, rows[0].page_tokens), warps, stages, tile <= 16 and columns <= 256)
+    # The interpreter has no registers to run out of.
+    folds = (deep or not capability) and tile <= 16 and columns <= 256
+    return Options(tile, max(keys, rows[0].page_tokens), warps, stages, folds)
 
 
 def span_keys(tiles: int) -> int:
