@@ -326,7 +326,7 @@ def launches(size: Size, *, quick: bool) -> list[Made]:
     if size.device == "cuda":
         # Beside what auto takes on devices that have a kernel in CUDA C++ for such rows.
         found += [("attention", (*shape, "kv4", size, "triton")) for *shape, _ in SHAPES[:2]]
-        found += [("attention", (*SHAPES[2][:3], "int8", size, "triton"))]
+        found += [("attention", (*SHAPES[place][:3], kv, size, "triton")) for place, kv in ((0, "kv3"), (2, "int8"))]
         # As many bytes in fewer and longer rows.
         found += [("attention", (*SHAPES[0][:3], kv, replace(size, batch=8))) for kv in ("bf16", "int8", "kv4")]
         found += [("gathered", (size,)), ("peer", ("torch SDPA", size)), ("peer", ("flashinfer", size))]
