@@ -149,6 +149,8 @@ def _attended() -> Iterator[Launch]:
         yield attention(mla(512, 64), codes, queries, group)
     for code, dim, queries in itertools.product(_CODES, (128, 256), (8, 16)):
         yield attention(gqa(HEADS, dim), (code, code), queries, width=MANY)
+    for code, dim in (("int8", 64), ("q8_0", 128), ("q5_1", 128), ("q4_0", 128), ("f32", 64)):
+        yield attention(gqa(HEADS, dim), (code, code), 8, width=MANY)
 
 
 def _around() -> Iterator[Launch]:
