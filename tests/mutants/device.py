@@ -20,7 +20,7 @@ from kernels.triton import test_frames, test_largest, test_ops, test_paged, test
 from memory.toys import gdn, gqa
 from mutants.mutant import Mutant, Patch
 
-from truekv.kernels.cuda import compiler, kernel
+from truekv.kernels.cuda import compiler, kernel, trial
 from truekv.kernels.cuda import paged as cuda
 from truekv.kernels.triton import attention, encode, frames, largest, paged, rows
 from truekv.kernels.triton import gdn as gdn_module
@@ -55,7 +55,7 @@ def emulated() -> Iterator[Mapping[str, Any]]:
     found = Emulated()
     with interpreted(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(cuda, "load", found.load)
-        patched.setattr(kernel, "load", found.load)
+        patched.setattr(trial, "load", found.load)
         yield {"emulated": found}
 
 

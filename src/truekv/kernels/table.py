@@ -226,7 +226,7 @@ def _untrusted(layers: Layers, device: torch.device) -> str | None:
 
 
 def _cuda() -> ModuleType:
-    return importlib.import_module(f"{__package__}.{CUDA}.kernel")
+    return importlib.import_module(f"{__package__}.{CUDA}.trial")
 
 
 def _missing(backend: str, device: str) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from kernels.cuda.emulated import Emulated
 from kernels.triton.conftest import _infinities_are_numbers
 
-from truekv.kernels.cuda import kernel, paged
+from truekv.kernels.cuda import paged, trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ __all__ = ["_infinities_are_numbers"]
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     found = Emulated()
     monkeypatch.setattr(paged, "load", found.load)
-    monkeypatch.setattr(kernel, "load", found.load)
+    monkeypatch.setattr(trial, "load", found.load)
     return found
 
 

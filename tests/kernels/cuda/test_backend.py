@@ -18,7 +18,7 @@ from memory.toys import formats_of, gqa, mla, model_spec
 from truekv.core.errors import Refused
 from truekv.core.options import EngineOptions
 from truekv.kernels import table
-from truekv.kernels.cuda import compiler, kernel
+from truekv.kernels.cuda import compiler, kernel, trial
 from truekv.kernels.table import select
 from truekv.serve.doctor import examine
 
@@ -31,18 +31,18 @@ LAYERS = (gqa(dim=128), mla(64, 64))
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device as the table asks for it, on which kernels run that the emulator runs."""
-    monkeypatch.setattr(kernel, "runs_on", lambda _: True)
-    kernel.problem.cache_clear()
+    monkeypatch.setattr(trial, "runs_on", lambda _: True)
+    trial.problem.cache_clear()
     table._say_triton.cache_clear()
     yield
-    kernel.problem.cache_clear()
+    trial.problem.cache_clear()
 
 
-def trial(monkeypatch: pytest.MonkeyPatch, emulated: Emulated) -> None:
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, emulated: Emulated) -> None:
     """Tensors stay where the emulator reads them."""
-    monkeypatch.setattr(kernel, "load", emulated.load)
-    tried = kernel.error
-    monkeypatch.setattr(kernel, "error", lambda kind, _device: tried(kind, torch.device("cpu")))
+    monkeypatch.setattr(trial, "load", emulated.load)
+    tried = trial.error
+    monkeypatch.setattr(trial, "error", lambda kind, _device: tried(kind, torch.device("cpu")))
 
 
 @NEEDS_NVCC
@@ -51,11 +51,11 @@ def test_4_bit_rows_of_a_hopper_are_attended_to_in_cuda_once_the_kernel_has_pass
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     emulated = Emulated()
-    trial(monkeypatch, emulated)
+    on_the_cpu(monkeypatch, emulated)
     kernels = select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), device="cuda")
     assert kernels.backend == "cuda"
     assert kernels.paged.__name__.endswith("cuda.paged")  # type: ignore[attr-defined]
-    assert emulated.launches == 1
+    assert emulated.launches == 2
     rows = {name: backend for name, backend in kernels.describe() if not name.startswith("sample")}
     assert rows == {
         "store k=kv4 2x128": "triton",
@@ -76,12 +76,12 @@ def test_a_kernel_that_fails_its_trial_is_not_used_and_one_line_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = Emulated(ptx(kernel.Kind("kv4", 128)).replace("movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "))
-    trial(monkeypatch, broken)
+    on_the_cpu(monkeypatch, broken)
     for _ in range(2):
         assert select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), device="cuda").backend == "triton"
     (message,) = caplog.messages
     assert message.startswith("some rows are attended to in Triton, which takes longer, because the CUDA kernel for ")
-    assert broken.launches == 1
+    assert broken.launches == 2
     with pytest.raises(Refused, match="of the largest number on this device; use the triton backend"):
         select(model_spec(LAYERS), formats_of(LAYERS, "kv4"), backend="cuda", device="cuda")
 
