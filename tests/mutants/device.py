@@ -152,7 +152,7 @@ MUTANTS: Final = (
         "heads of a group strided",
         "query head h belongs to kv head h % kv heads instead of h // group",
         test_paged.test_groups_and_query_lengths,
-        in_triton(paged, "attend_kernel", "head * GROUP + place_M % GROUP", "place_M % GROUP * HEADS + head"),
+        in_triton(attention, "_query_rows", "head * GROUP + place_M % GROUP", "place_M % GROUP * HEADS + head"),
         group=5,
         counts=[1, 1],
     ),

@@ -99,8 +99,7 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     if (first_chunk >= new) | (low >= high):
         return
 
-    token_M = tl.load(gather + row * longest + chunk_M, mask=asked_M, other=0)
-    query_M = token_M * (HEADS * GROUP) + head * GROUP + place_M % GROUP
+    query_M = _query_rows(gather + row * longest, head, place_M, asked_M, HEADS, GROUP, AGAIN=False)
     q = _queries(query, query_M, asked_M, ROW, ACROSS)
     factor_M = tl.load(factor + query_M, mask=asked_M, other=0.0)
     first += head * ROW.head_bytes
@@ -175,8 +174,7 @@ def attend_kernel(  # noqa: C901, PLR0912, PLR0915 (one loop, whose parts share 
     if EACH > 1:
         mean, largest_M, total_M = fold(folded, top_M, weights_M, mean, largest_M, total_M, ACROSS)
     # Looked up again: what is needed no more until here would take registers from the loop.
-    token_M = tl.load(gather + row * longest + chunk_M, mask=asked_M, other=0, volatile=True)
-    query_M = token_M * (HEADS * GROUP) + head * GROUP + place_M % GROUP
+    query_M = _query_rows(gather + row * longest, head, place_M, asked_M, HEADS, GROUP, AGAIN=True)
     place_of_M = tl.program_id(2).to(tl.int64) * tokens * (HEADS * GROUP) + query_M
     place = _query_wise(place_of_M * COLUMNS, ACROSS) + _key_wise(tl.arange(0, COLUMNS), ACROSS)
     tl.store(average + place, mean, mask=_query_wise(asked_M, ACROSS))
@@ -194,6 +192,13 @@ def _key_wise(x, ACROSS: tl.constexpr):
 def _query_wise(x, ACROSS: tl.constexpr):
     """Spread a number of each query."""
     return x[None, :] if ACROSS else x[:, None]
+
+
+@triton.jit
+def _query_rows(gather, head, place_M, asked_M, HEADS: tl.constexpr, GROUP: tl.constexpr, AGAIN: tl.constexpr):
+    """Return which rows of [T * H] the query rows of a tile are."""
+    token_M = tl.load(gather + place_M // GROUP, mask=asked_M, other=0, volatile=AGAIN)
+    return token_M * (HEADS * GROUP) + head * GROUP + place_M % GROUP
 
 
 @triton.jit
