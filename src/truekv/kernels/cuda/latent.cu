@@ -130,7 +130,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   __shared__ int4 parts[WARPS][TILES][2][32];
   __shared__ int2 rope_parts[TILES][4][32];
   __shared__ uint4 weights[TILES][32];
-  __shared__ float olds[ROWS], joined_top[ROWS], joined_sum[ROWS], tops[ROWS], sums[ROWS], offsets[ROWS];
+  __shared__ __align__(16) float olds[ROWS], offsets[ROWS];  // read in twos
+  __shared__ float joined_top[ROWS], joined_sum[ROWS], tops[ROWS], sums[ROWS];
   __shared__ int raised_any[TILES];
   __shared__ float mosts[WARPS][ROWS], rope_mosts[WARPS][ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
