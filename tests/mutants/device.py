@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import tempfile
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -87,10 +85,7 @@ def in_cuda(old: str, new: str) -> Callable[[], list[Patch]]:
     def ptx(kind: kernel.Kind) -> str:
         found = compiler.nvcc()
         assert found is not None
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / kind.source.name
-            source.write_text(changed(kind.source.read_text(), old, new))
-            return found.ptx(source, compiler.options(kind.definitions))
+        return found.ptx(kind.file, changed(kind.text, old, new), compiler.options(kind.definitions))
 
     return lambda: [Patch(emulated_module, "ptx", ptx)]
 

@@ -27,7 +27,7 @@ NEEDS_NVCC = pytest.mark.skipif(compiler.nvcc() is None, reason="needs nvcc, whi
 def ptx(kind: kernel.Kind) -> str:
     found = compiler.nvcc()
     assert found is not None
-    return found.ptx(kind.source, compiler.options(kind.definitions))
+    return found.ptx(kind.file, kind.text, compiler.options(kind.definitions))
 
 
 class Emulated:

@@ -38,6 +38,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     trial.problem.cache_clear()
 
 
+def compiled(source: Path, definitions: dict[str, int]) -> bytes:
+    return compiler.compiled(source.name, source.read_text(), definitions)
+
+
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, emulated: Emulated) -> None:
     """Tensors stay where the emulator reads them."""
     monkeypatch.setattr(trial, "load", emulated.load)
@@ -119,14 +123,14 @@ def test_machine_code_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "one.cu"
     source.write_text('extern "C" __global__ void one(int* out) { *out = NUMBER; }\n')
-    made = compiler.compiled(source, {"NUMBER": 1})
+    made = compiled(source, {"NUMBER": 1})
     assert made.startswith(b"\x7fELF")
     (kept,) = (tmp_path / "truekv").iterdir()
     kept.write_bytes(b"found" + hashlib.sha256(b"found").digest())
-    assert compiler.compiled(source, {"NUMBER": 1}) == b"found"
-    assert compiler.compiled(source, {"NUMBER": 2}).startswith(b"\x7fELF")
+    assert compiled(source, {"NUMBER": 1}) == b"found"
+    assert compiled(source, {"NUMBER": 2}).startswith(b"\x7fELF")
     source.write_text(source.read_text().replace("NUMBER", "NUMBER + 1"))
-    assert compiler.compiled(source, {"NUMBER": 1}).startswith(b"\x7fELF")
+    assert compiled(source, {"NUMBER": 1}).startswith(b"\x7fELF")
     assert len(list((tmp_path / "truekv").iterdir())) == 3
 
 
@@ -137,7 +141,7 @@ def test_damaged_machine_code_is_noticed_and_made_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "one.cu"
     source.write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
-    made = compiler.compiled(source, {})
+    made = compiled(source, {})
     (kept,) = (tmp_path / "truekv").iterdir()
     whole = kept.read_bytes()
     # A device's driver and disassemblers take the file as it is.
@@ -145,11 +149,11 @@ def test_damaged_machine_code_is_noticed_and_made_again(
     flipped = [bytes([*whole[:place], whole[place] ^ 4, *whole[place + 1 :]]) for place in (0, len(made) // 2, -1)]
     for damaged in (*flipped, whole[:-1], whole[: len(whole) // 2], made, whole + b"\0", b"", b"\x7fELF"):
         kept.write_bytes(damaged)
-        assert compiler.compiled(source, {}) == made
+        assert compiled(source, {}) == made
         assert caplog.messages == [f"the compiled kernel {kept} is damaged, so it is compiled again"]
         caplog.clear()
         assert kept.read_bytes() == whole
-        assert compiler.compiled(source, {}) == made
+        assert compiled(source, {}) == made
         assert not caplog.messages
     assert list((tmp_path / "truekv").iterdir()) == [kept]
 
@@ -164,7 +168,7 @@ def test_processes_that_find_it_damaged_at_once_all_get_it_whole(tmp_path: Path)
         "from truekv.kernels.cuda import compiler\n"
         "source, made = pathlib.Path(sys.argv[1]), None\n"
         "for turn in range(6):\n"
-        "    found = compiler.compiled(source, {})\n"
+        "    found = compiler.compiled(source.name, source.read_text(), {})\n"
         "    assert found == (made or found) and found.startswith(b'\\x7fELF')\n"
         "    made = found\n"
         "    (kept,) = (source.parent / 'truekv').glob('one-*.cubin')\n"
@@ -190,7 +194,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    assert compiler.compiled(source, {}).startswith(b"\x7fELF")
+    assert compiled(source, {}).startswith(b"\x7fELF")
     assert not list((tmp_path / "truekv").iterdir())
 
 
@@ -200,17 +204,17 @@ def test_where_nothing_can_be_kept_it_compiles_all_the_same(tmp_path: Path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     source = tmp_path / "one.cu"
     source.write_text('extern "C" __global__ void one(int* out) { *out = 1; }\n')
-    assert compiler.compiled(source, {}).startswith(b"\x7fELF")
+    assert compiled(source, {}).startswith(b"\x7fELF")
     source.write_text("no program")
     with pytest.raises(Refused, match=r"fails: .*one\.cu"):
-        compiler.compiled(source, {})
+        compiled(source, {})
 
 
 @pytest.mark.skipif(not compiler._nvrtc_paths(), reason="needs NVRTC, which comes with torch for CUDA")
 def test_nvrtc_compiles_every_kind() -> None:
     made = compiler.Nvrtc(compiler._nvrtc_paths()[0])
     for kind in kernel.KINDS:
-        assert made.compile(kind.source, compiler.options(kind.definitions)).startswith(b"\x7fELF")
+        assert made.compile(kind.file, kind.text, compiler.options(kind.definitions)).startswith(b"\x7fELF")
 
 
 def test_a_cpu_loads_nothing_of_it() -> None:

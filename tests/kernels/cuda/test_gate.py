@@ -43,7 +43,7 @@ def test_the_kernel_takes_no_more_than_the_table_says(kind: kernel.Kind, gate: A
     assert found is not None
     if f"release {TABLE['nvcc']}," not in found.version:
         pytest.skip(f"the table was made with nvcc {TABLE['nvcc']}")
-    usage, code = gate._disassembled(found.compile(kind.source, compiler.options(kind.definitions)))
+    usage, code = gate._disassembled(found.compile(kind.file, kind.text, compiler.options(kind.definitions)))
     (registers,) = re.findall(r"REG:(\d+)", usage)
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
     instructions, loops = gate._loops(code)

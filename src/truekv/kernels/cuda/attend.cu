@@ -9,68 +9,20 @@
 //
 // Lane = 4 r + c. Token 4 r + 2 t + u of a page is row r + 8 u of scores of tile t, whose columns are query rows 2 c
 // and 2 c + 1. Numbers count as columns in storage order: of kv4 2 j and 2 j + 1 are the low and the high nibble of
-// byte j, of kv3 8 j to 8 j + 7 are the parts of place j. Nothing but PTX is included, so NVRTC needs no headers.
+// byte j, of kv3 8 j to 8 j + 7 are the parts of place j. What the text begins with is lanes.cu.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
-typedef unsigned long long u64;
-
-constexpr int WARPS = 4;
 constexpr int KEY_BYTES = DIM * KEY_BITS / 8, VALUE_BYTES = DIM * VALUE_BITS / 8;
 constexpr int KEY_WORDS = KEY_BYTES / 16, QUERY_WORDS = DIM / 16, TILES = DIM / 16;
 // Values of 4 bits are loaded as their product wants them: of 8 tokens, an eighth of each. Those of 3 bits as keys are.
 constexpr int VALUE_TOKENS = VALUE_BITS == 4 ? 8 : 4, VALUE_WORDS = VALUE_BYTES / (VALUE_BITS == 4 ? 32 : 16);
 constexpr float UNIT = VALUE_BITS == 4 ? 1 : 16777216;  // of a value in its product
-constexpr float LOWEST = -3.0e38f;         // as in kernels/triton/attention.py
-constexpr float SMALLEST = 5.9604645e-8f;  // 2^-24, of the scales that are not 0
-constexpr float UNITS = 32512;             // of a query's 1: 127 * 256
-constexpr u32 ALL = 0xffffffffu;
 constexpr u32 CONSTANTS = 0xe6006600u;                   // 1536 and -1536
 constexpr u32 ABOVE = 0x00800080u, BELOW = 0x80808080u;  // 128 * 2^-24 and -128 * 2^-24, twice
 
-__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ u32 permuted(u32 a, u32 b, u32 selectors) {
-  u32 d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selectors));
-  return d;
-}
 __device__ __forceinline__ u32 fused(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
-}
-__device__ __forceinline__ float power(float x) {
-  float d;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
-  return d;
-}
-__device__ __forceinline__ float logarithm(float x) {
-  float d;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
-  return d;
-}
-__device__ __forceinline__ float wide(u32 half) {
-  float d;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"((u16)half));
-  return d;
-}
-__device__ __forceinline__ u32 narrow(float low, float high) {
-  u32 d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-__device__ __forceinline__ u32 transposed(u32 a) {
-  u32 d;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
-  return d;
-}
-__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // Bytes times bytes: those of queries are signed or not.
 #define MULTIPLY_BYTES(name, type)                                                                              \
@@ -82,10 +34,6 @@ __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a
   }
 MULTIPLY_BYTES(multiply_high, "s8")
 MULTIPLY_BYTES(multiply_low, "u8")
-// Sums of some keys and of later ones, rounded as tl.fma does.
-__device__ __forceinline__ float join(float sum, float old, float added, float by) {
-  return __fmaf_rn(sum, old, __fmul_rn(added, by));
-}
 template <int WORDS>
 __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
   if constexpr (WORDS == 1) {

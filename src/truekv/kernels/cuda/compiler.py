@@ -1,6 +1,6 @@
 """From CUDA C++ to machine code at first use, by NVRTC where torch brought it, else by nvcc; kept on disk.
 
-A file of the cache is named after all that its contents follow from: source, definitions, architecture and compiler.
+A file of the cache is named after all that its contents follow from: sources, definitions, architecture and compiler.
 Its last bytes are a digest of the others, so that a damaged one is noticed and made again.
 """
 
@@ -36,8 +36,8 @@ class Compiler(Protocol):
         """Changes whenever the code may."""
         ...
 
-    def compile(self, source: Path, options: list[str]) -> bytes:
-        """Return a cubin; Refused with the compiler's first complaint."""
+    def compile(self, name: str, text: str, options: list[str]) -> bytes:
+        """Return a cubin of a text of this file name; Refused with the compiler's first complaint."""
         ...
 
 
@@ -52,16 +52,16 @@ class Nvrtc:
         self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
         self.version = f"nvrtc {major.value}.{minor.value} {path}"
 
-    def compile(self, source: Path, options: list[str]) -> bytes:
+    def compile(self, name: str, text: str, options: list[str]) -> bytes:
         """See Compiler."""
         program = ctypes.c_void_p()
-        text, name = source.read_bytes(), source.name.encode()
-        self._check(self._library.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None))
+        created = self._library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+        self._check(created)
         try:
             given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             result = self._library.nvrtcCompileProgram(program, len(options), given)
             if result:
-                raise Refused(f"NVRTC does not compile {source.name}: {self._text(program, 'ProgramLog')[:300]}")
+                raise Refused(f"NVRTC does not compile {name}: {self._text(program, 'ProgramLog')[:300]}")
             return self._bytes(program, "CUBIN")
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -89,19 +89,20 @@ class Nvcc:
         self._path = path
         self.version = self._run("--version")
 
-    def compile(self, source: Path, options: list[str]) -> bytes:
+    def compile(self, name: str, text: str, options: list[str]) -> bytes:
         """See Compiler."""
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out"
-            self._run("-cubin", *options, "-o", str(out), str(source))
-            return out.read_bytes()
+        return self._made(name, text, ["-cubin", *options])
 
-    def ptx(self, source: Path, options: list[str]) -> str:
+    def ptx(self, name: str, text: str, options: list[str]) -> str:
         """Return the code before it is made for a machine."""
+        return self._made(name, text, ["-ptx", *options]).decode()
+
+    def _made(self, name: str, text: str, options: list[str]) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out"
-            self._run("-ptx", *options, "-o", str(out), str(source))
-            return out.read_text()
+            source, out = Path(folder) / name, Path(folder) / "out"
+            source.write_text(text)
+            self._run(*options, "-o", str(out), str(source))
+            return out.read_bytes()
 
     def _run(self, *arguments: str) -> str:
         # The path is that of the nvcc on PATH, the arguments are this package's own.
@@ -135,14 +136,14 @@ def options(definitions: Mapping[str, int]) -> list[str]:
     return [f"-arch={ARCHITECTURE}", "-std=c++17", *(f"-D{name}={value}" for name, value in definitions.items())]
 
 
-def compiled(source: Path, definitions: Mapping[str, int]) -> bytes:
+def compiled(name: str, text: str, definitions: Mapping[str, int]) -> bytes:
     """Return machine code, out of the cache if it was made before; Refused where it cannot be made."""
     by, given = compiler(), options(definitions)
-    digest = hashlib.sha256(source.read_bytes() + repr((given, by.version)).encode()).hexdigest()
-    kept = _folder() / f"{source.stem}-{digest[:32]}.cubin"
+    digest = hashlib.sha256(text.encode() + repr((given, by.version)).encode()).hexdigest()
+    kept = _folder() / f"{Path(name).stem}-{digest[:32]}.cubin"
     code = _found(kept)
     if code is None:
-        code = by.compile(source, given)
+        code = by.compile(name, text, given)
         # Where nothing can be kept, it is compiled again the next time.
         with suppress(OSError):
             _keep(kept, code)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from truekv.kernels.cuda.driver import Argument
 
-SOURCES: Final = Path(__file__).parent
+_FOLDER: Final = Path(__file__).parent
 QUERIES: Final = 8
 """Query rows of one kv head that attend.cu takes, at most."""
 LATENT, ROPE = 512, 64
@@ -39,9 +39,14 @@ class Kind(NamedTuple):
     """Of eight query rows that one block has, where rows are latent ones; else 0."""
 
     @property
-    def source(self) -> Path:
-        """What is compiled."""
-        return SOURCES / ("latent.cu" if self.tiles else "attend.cu")
+    def file(self) -> str:
+        """Where the kernel is."""
+        return "latent.cu" if self.tiles else "attend.cu"
+
+    @property
+    def text(self) -> str:
+        """What is compiled: what kernels share, then the file; complaints name the line of either."""
+        return "".join(f'#line 1 "{name}"\n{(_FOLDER / name).read_text()}' for name in ("lanes.cu", self.file))
 
     @property
     def definitions(self) -> dict[str, int]:
@@ -80,7 +85,7 @@ class Launchable(Protocol):
 @functools.cache
 def load(kind: Kind, device: torch.device) -> Launchable:
     """Return the kernel of a kind on a device; Refused where it does not compile or load."""
-    return Function(compiled(kind.source, kind.definitions), "attend", device)
+    return Function(compiled(kind.file, kind.text, kind.definitions), "attend", device)
 
 
 def runs_on(device: torch.device) -> bool:

@@ -1,0 +1,56 @@
+// What the kernels of this folder have in common: one instruction of a warp's lanes each. Their texts are compiled as one;
+// nothing but PTX is included, so NVRTC needs no headers.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+typedef unsigned long long u64;
+
+constexpr int WARPS = 4;
+constexpr float LOWEST = -3.0e38f;         // as in kernels/triton/attention.py
+constexpr float SMALLEST = 5.9604645e-8f;  // 2^-24, of the scales that are not 0
+constexpr float UNITS = 32512;             // of a query's 1: 127 * 256
+constexpr u32 ALL = 0xffffffffu;
+
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ u32 permuted(u32 a, u32 b, u32 selectors) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selectors));
+  return d;
+}
+__device__ __forceinline__ float power(float x) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+__device__ __forceinline__ float logarithm(float x) {
+  float d;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+__device__ __forceinline__ float wide(u32 half) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"((u16)half));
+  return d;
+}
+__device__ __forceinline__ u32 narrow(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ u32 transposed(u32 a) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+__device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Sums of some keys and of later ones, rounded as tl.fma does.
+__device__ __forceinline__ float join(float sum, float old, float added, float by) {
+  return __fmaf_rn(sum, old, __fmul_rn(added, by));
+}
