@@ -37,7 +37,6 @@ from truekv.core.spec import Field, ModelSpec, Paged, Recurrent, Slab
 from truekv.engine.recording import CudaRecording
 from truekv.formats.choice import choose_formats
 from truekv.kernels.table import select
-from truekv.kernels.triton.chunks import LONG
 from truekv.memory.arena import Arena
 from truekv.memory.layout import lay_out
 from truekv.memory.pages import PagedLayer
@@ -74,9 +73,6 @@ class Size:
     batches: tuple[int, ...] = (1, 16, 64)
     steps: int = 16
     dtype: str = "bfloat16"
-
-
-TOY: Final = Size("cpu", 1 << 12, 2, 2, (2,), LONG, (64,), (1, 2), 3, "float32")
 
 
 def timed(run: Callable[[], object], size: Size) -> float:

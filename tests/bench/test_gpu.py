@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,10 @@ from kernels.native.cache import fill, formats
 from memory.toys import gqa
 
 from truekv.kernels.reference import paged as reference
+from truekv.kernels.triton.chunks import LONG
 from truekv.kernels.triton.interpreter import INTERPRETED
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+TOY = gpu.Size("cpu", 1 << 12, 2, 2, (2,), LONG, (64,), (1, 2), 3, "float32")
 CUT = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 512, "head_dim": 64, "num_attention_heads": 4}
 CUT |= {"num_key_value_heads": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
@@ -33,11 +35,11 @@ TOYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("quick", [True, False])
 def test_all_of_it(tmp_path: Path, quick: bool) -> None:
     kept = gpu.Kept(tmp_path, tmp_path / "page.md")
-    results = gpu.run(gpu.TOY, kept, TOYS, quick=quick)
+    results = gpu.run(TOY, kept, TOYS, quick=quick)
     assert [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()] == results
     assert not [one for one in results if one["part"] == "missing"]
     launched = [one for one in results if one["part"] == "launch"]
-    assert len(launched) == len(gpu.launches(gpu.TOY, quick=quick))
+    assert len(launched) == len(gpu.launches(TOY, quick=quick))
     prompts = [one["what"] for one in results if one["part"] == "prompt"]
     assert prompts == [f"{rule}, {way}" for rule in ("gdn", "mamba2") for way in ("in chunks", "token by token")]
     steps = [one for one in results if one["part"] == "decode"]
@@ -53,11 +55,19 @@ def test_all_of_it(tmp_path: Path, quick: bool) -> None:
     assert "## Left out" not in page
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which would be measured")
+def test_without_triton_or_a_device_one_sentence_says_so() -> None:
+    code = "import runpy, sys; sys.modules['triton'] = None; runpy.run_module('bench.gpu', run_name='__main__')"
+    folder = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith("bench.gpu: ")
+    assert done.stdout.count("\n") == 1
+
+
 def test_what_fails_is_told_and_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        gpu, "launches", lambda *_, **__: [("peer", ("flashinfer", gpu.TOY)), ("scan", ("gdn", 2, gpu.TOY))]
-    )
-    missing, launched = gpu.measured(gpu.TOY, 1e9, quick=True)
+    monkeypatch.setattr(gpu, "launches", lambda *_, **__: [("peer", ("flashinfer", TOY)), ("scan", ("gdn", 2, TOY))])
+    missing, launched = gpu.measured(TOY, 1e9, quick=True)
     assert missing["why"] == "flashinfer is left out: the package flashinfer is not installed"
     assert launched["what"].startswith("gdn step")
 
