@@ -15,6 +15,7 @@ from random_models import save_hybrid, save_latent
 
 from truekv.engine import activations
 from truekv.engine.activations import Parts
+from truekv.kernels.cuda import paged as cuda
 from truekv.kernels.triton import tiles
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def test_what_is_kept_for_steps_is_at_least_what_torch_allocates(name: str, tmp_
 
 def test_spans_are_those_of_the_kernels() -> None:
     assert activations.SPAN == tiles.SPAN
-    assert max(tiles._QUERIES) == activations.TILE
+    assert max(tiles._QUERIES) == activations.TILE == cuda._TILE
     for group in (1, 4, 6, 16, 128):
         for longest in (1, 4, 10, 64, 500):
             for pages in (1, 16, 17, 1000, 8192):

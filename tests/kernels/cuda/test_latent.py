@@ -255,6 +255,7 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
         assert float((run(cache, step, queries) - wanted).abs().max()) < 1e-4
     assert not emulated.launches
     assert paged.taken(LAYER, EIGHT) == kernel.LATENTS
+    assert not paged.taken(Paged(LAYER.fields, window=20), EIGHT)
     assert not paged.taken(LAYER, formats("kv4", "int8"))
     assert not paged.taken(mla(256, 64), EIGHT)
     assert not paged.taken(Paged((Field("l", 1, 512, "both"), Field("r", 1, 32, "key"))), EIGHT)

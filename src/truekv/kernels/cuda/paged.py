@@ -44,7 +44,7 @@ store = triton.store
 
 def taken(layer: Paged, formats: Seq[CacheFormat]) -> tuple[Kind, ...]:
     """Return the kinds of kernels that run decode and verify steps of a layer in CUDA C++, if any."""
-    return _kinds(layer.fields, formats)
+    return _kinds(layer.fields, formats, layer.window)
 
 
 def attend(
@@ -53,11 +53,11 @@ def attend(
     """Causal attention of the step's queries over stored rows; see kernels/reference/paged.py."""
     heads, (batch, longest) = fields[0].field.heads, step.gather.shape
     (tokens, query_heads, _), group = queries[0].shape, queries[0].shape[1] // heads
-    kinds = _kinds([item.field for item in fields], [item.format for item in fields])
+    kinds = _kinds([item.field for item in fields], [item.format for item in fields], window)
     paged_alike = all(item.page_tokens == PAGE_TOKENS for item in fields)
     rows = group * longest
     latent = bool(kinds) and kinds[0].tiles > 0
-    most = LATENT_QUERIES if latent and window is None else 0 if latent else QUERIES
+    most = LATENT_QUERIES if latent else QUERIES
     if not (kinds and paged_alike and tokens and rows <= most and scale > 0):
         return triton.attend(queries, fields, scale, window, step)
     value = fields[0 if latent else 1]
@@ -96,10 +96,10 @@ def attend(
     return triton.merge(value, layouts[0 if latent else 1], sums, window, queries[0].dtype, step)
 
 
-def _kinds(fields: Seq[Field], formats: Seq[CacheFormat]) -> tuple[Kind, ...]:
+def _kinds(fields: Seq[Field], formats: Seq[CacheFormat], window: int | None) -> tuple[Kind, ...]:
     codes = [_CODES.get(chosen.name.removesuffix("+hadamard"), "") for chosen in formats]
     if [(item.role, item.dim) for item in fields] == _LATENT and codes == ["int8", "int8"]:
-        return LATENTS
+        return LATENTS if window is None else ()
     if [item.role for item in fields] != _ROLES or fields[0].dim != fields[1].dim:
         return ()
     kind = Kind(codes[0], fields[0].dim, codes[1])
