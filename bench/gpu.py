@@ -129,10 +129,14 @@ def gqa(heads: int, dim: int) -> Paged:
 
 MLA: Final = Paged((Field("latent", 1, 512, "both"), Field("rope", 1, 64, "key", floor_bits=8)))
 SHAPES: Final = (
-    ("32q/8kv d128", 32, gqa(8, 128), ("bf16", "fp8_e4m3", "int8", "q4_0", "int8/kv4", "kv4", "kv3")),
+    ("32q/8kv d128", 32, gqa(8, 128), ("bf16", "fp8_e4m3", "int8", "q8_0", "q4_0", "int8/kv4", "kv4", "kv3")),
     ("16q/4kv d256", 16, gqa(4, 256), ("bf16", "int8", "kv4")),
     ("mla 20h 512+64", 20, MLA, ("bf16", "int8", "kv4")),
 )
+
+
+_IN_BOTH: Final = ((0, "q4_0"), (0, "kv4"), (0, "kv3"), (1, "kv4"), (2, "int8"))
+"""Of the shapes: rows that are attended to in Triton as well."""
 
 
 class Attention:
@@ -321,8 +325,7 @@ def launches(size: Size, *, quick: bool) -> list[Made]:
     found += [("scan", (rule, batch, size)) for rule in ("gdn", "mamba2") for batch in size.scans]
     if size.device == "cuda":
         # Beside what auto takes on devices that have a kernel in CUDA C++ for such rows.
-        found += [("attention", (*shape, "kv4", size, "triton")) for *shape, _ in SHAPES[:2]]
-        found += [("attention", (*SHAPES[place][:3], kv, size, "triton")) for place, kv in ((0, "kv3"), (2, "int8"))]
+        found += [("attention", (*SHAPES[place][:3], kv, size, "triton")) for place, kv in _IN_BOTH]
         # As many bytes in fewer and longer rows.
         found += [("attention", (*SHAPES[0][:3], kv, replace(size, batch=8))) for kv in ("bf16", "int8", "kv4")]
         found += [("gathered", (size,)), ("peer", ("torch SDPA", size)), ("peer", ("flashinfer", size))]

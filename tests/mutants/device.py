@@ -14,6 +14,7 @@ import torch
 from kernels.cuda import emulated as emulated_module
 from kernels.cuda import test_attend, test_latent
 from kernels.cuda.emulated import Emulated
+from kernels.native.cache import formats
 from kernels.triton import test_frames, test_largest, test_ops, test_paged, test_scans, test_store
 from memory.toys import gdn, gqa
 from mutants.mutant import Mutant, Patch
@@ -271,6 +272,7 @@ MUTANTS: Final = (
         in_cuda("smaller(seen, end - 1)", "smaller(seen + 1, end - 1)"),
         group=2,
         counts=[4, 1],
+        rows=formats("kv4", "kv4"),
     ),
     cpp(
         "unwritten lines read",
@@ -278,6 +280,33 @@ MUTANTS: Final = (
         test_attend.test_lines_that_nobody_wrote_are_never_read_as_numbers,
         in_cuda("if (token >= end) value_scale[t][u] = 0;", ""),
         garbage=0xFF,
+        rows=formats("kv4", "kv4"),
+    ),
+    cpp(
+        "unwritten blocks read",
+        "blocks of lines beyond the last token meet a weight of zero, which NaN does not mind",
+        test_attend.test_lines_that_nobody_wrote_are_never_read_as_numbers,
+        in_cuda("if (lane >= written) each[b] = 0;", ""),
+        garbage=0xFF,
+        rows=formats("q4_0", "q4_0"),
+    ),
+    cpp(
+        "scale of the block before it",
+        "values of a block have the share of a scale that the block before it has",
+        test_attend.test_groups_and_query_lengths,
+        in_cuda("held + shares + 2 * (b * PAGE + 16 * t", "held + shares + 2 * (b / 2 * 2 * PAGE + 16 * t"),
+        group=1,
+        counts=[1, 1],
+        rows=formats("q4_0", "q4_0"),
+    ),
+    cpp(
+        "scales of blocks without a sign",
+        "q4_0 has scales of either sign",
+        test_attend.test_groups_and_query_lengths,
+        in_cuda("narrow(each[b] * inverse, 0)", "narrow(fabsf(each[b]) * inverse, 0)"),
+        group=1,
+        counts=[1, 1],
+        rows=formats("q4_0", "q4_0"),
     ),
     cpp(
         "warps forget the largest",
@@ -285,14 +314,16 @@ MUTANTS: Final = (
         test_attend.test_lengths_at_the_edges_of_pages_and_spans,
         in_cuda("sums[w][threadIdx.x % 8] * power(tops[w][threadIdx.x % 8] - most)", "sums[w][threadIdx.x % 8]"),
         length=129,
+        rows=formats("kv4", "kv4"),
     ),
     cpp(
         "scale of the row beside it",
         "two keys that lie side by side have each other's scale",
         test_attend.test_groups_and_query_lengths,
-        in_cuda("key_scale[t][j / 2];", "key_scale[t][1 - j / 2];"),
+        in_cuda("j < 2 ? key_scales[t]", "j >= 2 ? key_scales[t]"),
         group=1,
         counts=[1, 1],
+        rows=formats("kv4", "kv4"),
     ),
     cpp(
         "causal edge of a latent row off by one",

@@ -77,8 +77,8 @@ class EngineOptions:
     """Where weights and memory lie and steps run: cuda where torch sees a CUDA device, else cpu."""
     kernel_backend: str = "auto"
     """auto, cuda, triton, native or reference; auto is triton on a CUDA device, and on a CPU native where its library
-    was built, each where it can run every layer. cuda is triton with kernels in CUDA C++ for 4-bit rows, and auto where
-    the device and a layer are made for it."""
+    was built, each where it can run every layer. cuda is triton with kernels in CUDA C++ for rows of 3 and 4 bits, q8_0
+    and latent ones, and auto where the device and a layer are made for it."""
     sentinel: bool = True
     """Look at stored rows now and then, and at answers that repeat themselves; report what is wrong."""
     debug_poison: bool = False

@@ -42,13 +42,13 @@ class Emulated:
         return len(self.grids)
 
     def load(self, kind: kernel.Kind, _device: torch.device) -> Emulated:
-        self.program = Program.read(self._text or ptx(kind))
+        self.program, self._shared_bytes = Program.read(self._text or ptx(kind)), kind.shared_bytes
         return self
 
     def launch(self, grid: tuple[int, int, int], arguments: tuple[object, ...]) -> None:
         self.grids.append(grid)
         given = [item if isinstance(item, torch.Tensor) else item.value for item in arguments]  # type: ignore[attr-defined]
-        Launch(self.program, grid, given).run()
+        Launch(self.program, grid, given, self._shared_bytes).run()
 
 
 def run(cache: Cache, step: Step, queries: tuple[torch.Tensor, ...]) -> torch.Tensor:

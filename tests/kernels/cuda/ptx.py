@@ -1,9 +1,10 @@
 """Runs a kernel's PTX on a CPU, all threads of a launch at once: a register is an array, a predicate a mask.
 
 Every instruction is one that is defined below, or the kernel is refused. Addresses must lie in tensors that were
-passed to the launch, shared memory is read only after it was written and, by another warp, after a barrier, and what
-takes part of a warp only where it takes all is refused. Registers and shared memory start as NaN. Threads wait where
-they meet again: the group at the lowest instruction runs first.
+passed to the launch, shared memory is read only after it was written and, by another thread, after its warp has met or,
+of another warp, after a barrier, and what takes part of a warp only where it takes all is refused. What is copied
+asynchronously arrives when it is waited for, and not before. Registers and shared memory start as NaN. Threads wait
+where they meet again: the group at the lowest instruction runs first.
 
 Semantics are those of the PTX ISA. Tensor cores are taken at their worst (Fasi et al. 2021): products are exact, but
 before they are added, with the number that they are added to, all are cut to 24 bits below the largest of them.
@@ -77,6 +78,10 @@ class Program:
         for align, name, size in re.findall(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", text):
             start = -(-self.shared_bytes // int(align)) * int(align)
             self.shared[name], self.shared_bytes = start, start + int(size)
+        # What a launch gives lies behind what is declared.
+        for align, name in re.findall(r"\.extern \.shared \.align (\d+) \.b8 (\w+)\[\]", text):
+            self.shared_bytes = -(-self.shared_bytes // int(align)) * int(align)
+            self.shared[name] = self.shared_bytes
         body = text[text.index("{", text.index(".entry")) + 1 : text.rindex("}")]
         for statement in re.split(r";|(?<=:)\s", body):
             line = " ".join(statement.split())
@@ -97,8 +102,14 @@ class Program:
 class Launch:
     """A grid of blocks of threads, and all that they hold."""
 
-    def __init__(self, program: Program, grid: tuple[int, int, int], arguments: Sequence[torch.Tensor | int]) -> None:
-        """Take pointers as tensors, numbers as they are."""
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        arguments: Sequence[torch.Tensor | int],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Take pointers as tensors, numbers as they are; `shared_bytes` are given to each block."""
         self.program = program
         blocks = grid[0] * grid[1] * grid[2]
         self.size = blocks * program.threads
@@ -114,13 +125,19 @@ class Launch:
         }
         self.registers: dict[str, Array] = {}
         self.memory = Memory([item for item in arguments if isinstance(item, torch.Tensor)])
-        self.shared = np.full((blocks, program.shared_bytes), 0xFF, np.uint8)
-        # The warp that wrote each byte, and after how many barriers of its block; -1 for bytes that nobody wrote.
-        self.writer, self.epoch = (np.full(self.shared.shape, -1, np.int64) for _ in range(2))
-        # The first and the last warp that read it since, and after how many barriers.
+        self.shared = np.full((blocks, program.shared_bytes + shared_bytes), 0xFF, np.uint8)
+        # How many barriers a block has had, and how often a warp has met, barriers included.
+        self.barriers, self.meetings = np.zeros(blocks, np.int64), np.zeros(self.size // 32, np.int64)
+        # The thread that wrote each byte, and after how many of both; -1 for bytes that nobody wrote.
+        self.writer, self.epoch, self.meeting = (np.full(self.shared.shape, -1, np.int64) for _ in range(3))
+        # The first and the last warp that read it since a barrier, and thread since a meeting of its warp.
         self.readers = np.full((2, *self.shared.shape), -1, np.int64)
-        self.read = np.full(self.shared.shape, -1, np.int64)
-        self.barriers = np.zeros(blocks, np.int64)
+        self.lanes = np.full((2, *self.shared.shape), -1, np.int64)
+        self.read, self.met = (np.full(self.shared.shape, -1, np.int64) for _ in range(2))
+        # What is under way: threads, the groups it belongs to, where it comes from, the bytes that it goes to.
+        self.copies: list[tuple[Array, Array, Array, Array]] = []
+        self.arriving = np.zeros(self.shared.shape, bool)
+        self.group = np.zeros(self.size, np.int64)
         if len(arguments) != len(program.parameters):
             raise Wrong(f"{len(arguments)} arguments for {len(program.parameters)} parameters")
         self.given: dict[str, Array] = {}
@@ -156,7 +173,7 @@ class Launch:
                         at[self.mask] = now
                         at[mask] = end
                         break
-                    if instruction.name == "bar":
+                    if instruction.name == "bar" and instruction.parts[0] == "sync":
                         self._whole_warps(mask, instruction)
                         at[mask] = now
                         waiting[mask] = True
@@ -183,6 +200,7 @@ class Launch:
         blocks = waiting.reshape(len(self.barriers), -1)
         done = blocks.all(1)
         self.barriers[done] += 1
+        self.meetings[np.repeat(done, self.program.threads // 32)] += 1
         blocks[done] = False
 
     def _is(self, operand: str, number: int, mask: Array) -> None:
@@ -197,7 +215,9 @@ class Launch:
         if operand in self.special:
             return self.special[operand].astype(wanted)
         if operand.startswith("%"):
-            return self.registers[operand].view(wanted)
+            held = self.registers[operand]
+            # A narrower type takes the lower bits.
+            return held.view(wanted) if held.dtype.itemsize <= np.dtype(wanted).itemsize else held.astype(wanted)
         if operand.startswith("0f"):
             return np.array(int.from_bytes(bytes.fromhex(operand[2:])), np.uint32).view(np.float32).view(wanted)
         if operand in self.program.shared:
@@ -212,6 +232,9 @@ class Launch:
         if kind is None:
             raise Wrong(f"no register: {register}")
         value = np.broadcast_to(value, self.size)
+        if value.dtype.itemsize < np.dtype(_STORAGE[kind]).itemsize:
+            # Numbers of a narrower type are extended by their sign or by zeros.
+            value = value.astype(f"{value.dtype.kind}{np.dtype(_STORAGE[kind]).itemsize}")
         value = value if value.dtype == _STORAGE[kind] else np.ascontiguousarray(value).view(_STORAGE[kind])
         if mask.all():
             self.registers[register] = value
@@ -235,6 +258,50 @@ class Launch:
         self.put(operands[0], function(*(self.get(item, kinds[-1]) for item in operands[1:])), mask)
 
     # Instructions that are more than a function of their operands.
+
+    def _do_bar(self, instruction: Instruction, mask: Array, _kinds: list[str]) -> None:
+        if instruction.parts != ("warp", "sync"):
+            raise Wrong(f"an instruction that is not known: {instruction.text}")
+        self._whole_warps(mask, instruction)
+        self._is(instruction.operands[0], -1, mask)
+        self.meetings[mask[::32]] += 1
+
+    def _do_cp(self, instruction: Instruction, mask: Array, _kinds: list[str]) -> None:
+        match instruction.parts:
+            case ("async", "cg", "shared", "global"):
+                target, source, size = instruction.operands
+                self._is(size, 16, mask)
+                to, start = (self._address(item, kind) for item, kind in ((target, "u32"), (source, "u64")))
+                block, at = self._in_shared(to, 16, mask)
+                self._mark(block, at, mask)
+                # What is at the address now may be another thing when it arrives.
+                self.memory.read(start, 16, mask)
+                self.arriving[block, at] = True
+                self.copies.append((np.flatnonzero(mask), self.group[mask], start[mask], at))
+            case ("async", "commit_group"):
+                self.group[mask] += 1
+            case ("async", "wait_group"):
+                self._arrive(self.group - int(instruction.operands[0]), mask)
+            case _:
+                raise Wrong(f"an instruction that is not known: {instruction.text}")
+
+    def _arrive(self, before: Array, mask: Array) -> None:
+        """Finish what threads of a mask copy in groups before some number."""
+        left: list[tuple[Array, Array, Array, Array]] = []
+        for threads, group, source, at in self.copies:
+            done = mask[threads] & (group < before[threads])
+            if done.any():
+                which = np.zeros(self.size, bool)
+                which[threads[done]] = True
+                address = np.zeros(self.size, np.int64)
+                address[threads[done]] = source[done]
+                block = self.block[which][:, None]
+                self.shared[block, at[done]] = self.memory.read(address, 16, which)
+                self.arriving[block, at[done]] = False
+                self._written(block, at[done], which)
+            if not done.all():
+                left.append((threads[~done], group[~done], source[~done], at[~done]))
+        self.copies = left
 
     def _do_mov(self, instruction: Instruction, mask: Array, kinds: list[str]) -> None:
         self.put(instruction.operands[0], self.get(instruction.operands[1], kinds[0]), mask)
@@ -295,14 +362,13 @@ class Launch:
     def _do_shfl(self, instruction: Instruction, mask: Array, _kinds: list[str]) -> None:
         self._whole_warps(mask, instruction)
         target, source, by, rest, members = instruction.operands
-        if instruction.parts != ("sync", "bfly", "b32"):
+        if instruction.parts not in {("sync", "bfly", "b32"), ("sync", "idx", "b32")}:
             raise Wrong(f"an instruction that is not known: {instruction.text}")
         self._is(rest, 31, mask)
         self._is(members, -1, mask)
-        distance = int(np.max(self.get(by, "s32")))
-        self._is(by, distance, mask)
-        lanes = np.arange(32) ^ distance
-        value = self.get(source, "b32").reshape(-1, 32)[:, lanes].reshape(-1)
+        by_T, lane_T = np.broadcast_to(self.get(by, "s32"), self.size), np.arange(self.size) % 32
+        from_T = by_T & 31 if instruction.parts[1] == "idx" else lane_T ^ by_T
+        value = self.get(source, "b32")[np.arange(self.size) - lane_T + from_T]
         self.put(target.split("|")[0], value, mask)
         if "|" in target:
             self.put(target.split("|")[1], np.ones(1, bool), mask)
@@ -378,7 +444,11 @@ class Launch:
         self._known(instruction, {"nc", "v2", "v4"})
         dtype = np.dtype(_TYPES[kinds[0]])
         read = self.memory.read if instruction.parts[0] == "global" else self._read_shared
-        data = read(self._address(place, instruction), dtype.itemsize * len(targets), mask).view(dtype)
+        data = read(
+            self._address(place, "u64" if instruction.parts[0] == "global" else "u32"),
+            dtype.itemsize * len(targets),
+            mask,
+        ).view(dtype)
         for index, target in enumerate(targets):
             value = np.zeros(self.size, dtype)
             value[mask] = data[:, index]
@@ -390,44 +460,68 @@ class Launch:
         values = [np.broadcast_to(self.get(item, kinds[0]), self.size)[mask] for item in sources]
         data = np.stack(values, -1).view(np.uint8)
         write = self.memory.write if instruction.parts[0] == "global" else self._write_shared
-        write(self._address(place, instruction), data, mask)
+        write(self._address(place, "u64" if instruction.parts[0] == "global" else "u32"), data, mask)
 
     def _known(self, instruction: Instruction, options: set[str]) -> None:
         space, *rest = instruction.parts
         if space not in {"global", "shared"} or not set(rest) <= options | set(_TYPES):
             raise Wrong(f"an instruction that is not known: {instruction.text}")
 
-    def _address(self, operand: str, instruction: Instruction) -> Array:
+    def _address(self, operand: str, kind: str) -> Array:
         base, _, offset = operand.strip("[]").partition("+")
-        kind = "u64" if instruction.parts[0] == "global" else "u32"
         start = np.broadcast_to(self.get(base, kind), self.size).astype(np.int64)
         return start + int(offset or 0)
 
     def _read_shared(self, address: Array, size: int, mask: Array) -> Array:
         block, at = self._in_shared(address, size, mask)
-        writer, epoch = self.writer[block, at], self.epoch[block, at]
+        thread = np.flatnonzero(mask)[:, None]
+        writer, warp = self.writer[block, at], self.warp[mask][:, None]
         if (writer < 0).any():
             raise Wrong("shared memory is read that nobody wrote")
-        other = writer != self.warp[mask][:, None]
-        if (other & (epoch == self.barriers[block])).any():
+        if self.arriving[block, at].any():
+            raise Wrong("shared memory is read before what is copied there has arrived")
+        other = writer // 32 != warp
+        if (other & (self.epoch[block, at] == self.barriers[block])).any():
             raise Wrong("shared memory is read that another warp wrote since the last barrier")
-        block, warp = (np.broadcast_to(item, at.shape) for item in (block, self.warp[mask][:, None]))
-        now = self.barriers[block]
-        anew = self.read[block, at] != now
-        self.readers[:, block[anew], at[anew]] = warp[anew]
-        self.read[block, at] = now
-        np.minimum.at(self.readers[0], (block, at), warp)
-        np.maximum.at(self.readers[1], (block, at), warp)
+        if (~other & (writer != thread) & (self.meeting[block, at] == self.meetings[warp])).any():
+            raise Wrong("shared memory is read that another thread wrote since its warp has met")
+        block, warp, thread = (np.broadcast_to(item, at.shape) for item in (block, warp, thread))
+        self._seen(self.readers, self.read, self.barriers[block], warp, (block, at))
+        self._seen(self.lanes, self.met, self.meetings[warp], thread, (block, at))
         return self.shared[block, at]
+
+    @staticmethod
+    def _seen(ends: Array, since: Array, now: Array, who: Array, place: tuple[Array, Array]) -> None:
+        """Keep the first and the last who read a place since they have met."""
+        block, at = place
+        anew = since[block, at] != now
+        ends[:, block[anew], at[anew]] = who[anew]
+        since[block, at] = now
+        np.minimum.at(ends[0], (block, at), who)
+        np.maximum.at(ends[1], (block, at), who)
 
     def _write_shared(self, address: Array, data: Array, mask: Array) -> None:
         block, at = self._in_shared(address, data.shape[1], mask)
-        others = (self.readers[:, block, at] != self.warp[mask][:, None]).any(0)
+        self._mark(block, at, mask)
+        self.shared[block, at] = data
+
+    def _mark(self, block: Array, at: Array, mask: Array) -> None:
+        """See that bytes may be written, and by whom they are."""
+        thread, warp = np.flatnonzero(mask)[:, None], self.warp[mask][:, None]
+        others = (self.readers[:, block, at] != warp).any(0)
         if (others & (self.read[block, at] == self.barriers[block])).any():
             raise Wrong("shared memory is written that another warp read since the last barrier")
-        self.shared[block, at] = data
-        self.writer[block, at] = self.warp[mask][:, None]
+        others = (self.lanes[:, block, at] != thread).any(0) & (self.lanes[0][block, at] // 32 == warp)
+        if (others & (self.met[block, at] == self.meetings[warp])).any():
+            raise Wrong("shared memory is written that another thread read since its warp has met")
+        if self.arriving[block, at].any():
+            raise Wrong("shared memory is written before what is copied there has arrived")
+        self._written(block, at, mask)
+
+    def _written(self, block: Array, at: Array, mask: Array) -> None:
+        self.writer[block, at] = np.flatnonzero(mask)[:, None]
         self.epoch[block, at] = self.barriers[block]
+        self.meeting[block, at] = self.meetings[self.warp[mask]][:, None]
 
     def _in_shared(self, address: Array, size: int, mask: Array) -> tuple[Array, Array]:
         at = address[mask][:, None] + np.arange(size)
@@ -571,4 +665,5 @@ _PLAIN: Final[dict[str, Callable[..., Array]]] = {
     ),
     "ex2.approx.ftz": _flushed(np.exp2),
     "lg2.approx.ftz": _flushed(np.log2),
+    "rcp.approx.ftz": _flushed(np.reciprocal),
 }

@@ -28,6 +28,20 @@ HEAD = """
 """
 
 
+COPY = """
+	and.b32 %r6, %r1, 60;
+	mul.wide.u32 %rd4, %r6, 4;
+	add.s64 %rd5, %rd1, %rd4;
+	shl.b32 %r7, %r6, 2;
+	add.s32 %r8, %r2, %r7;
+	and.b32 %r10, %r1, 3;
+	setp.eq.s32 %p4, %r10, 0;
+	@%p4 cp.async.cg.shared.global [%r8], [%rd5], 16;
+	cp.async.commit_group;
+"""
+"""Every fourth thread copies the numbers of four."""
+AWAIT = "cp.async.wait_group 0; bar.warp.sync -1;"
+NEXT = "st.shared.u32 [%r4], %r9; bar.warp.sync -1; xor.b32 %r6, %r4, 4; ld.shared.u32 %r9, [%r6];"
 EXCHANGE = "st.shared.u32 [%r4], %r9; bar.sync 0; xor.b32 %r6, %r4, 128; ld.shared.u32 %r9, [%r6];"
 
 
@@ -106,6 +120,15 @@ def test_tensor_cores_cut_what_lies_below_the_largest_number() -> None:
             f"{EXCHANGE} st.shared.u32 [%r4], %r9;",
             "that another warp read since the last barrier",
         ),
+        ("st.shared.u32 [%r4], %r9; xor.b32 %r6, %r4, 4; ld.shared.u32 %r9, [%r6];", "since its warp has met"),
+        (f"{NEXT} st.shared.u32 [%r4], %r9;", "that another thread read since its warp has met"),
+        ("@%p1 bar.warp.sync -1;", "part of a warp reaches"),
+        (f"{COPY} ld.shared.u32 %r9, [%r4];", "is read before what is copied there has arrived"),
+        (f"{COPY} bar.sync 0; st.shared.u32 [%r4], %r9;", "is written before what is copied there has arrived"),
+        (f"{COPY} cp.async.wait_group 0; ld.shared.u32 %r9, [%r4];", "another thread wrote since its warp has met"),
+        (f"{COPY} {AWAIT} ld.shared.u32 %r9, [%r4]; {COPY}", "that another thread read since its warp has met"),
+        (COPY.replace("[%rd5]", "[%rd5+16]"), "outside of every tensor"),
+        ("cp.async.ca.shared.global [%r4], [%rd3], 16;", "not known: cp.async.ca"),
         ("ld.global.nc.u32 %r9, [%rd3+4];", "outside of every tensor"),
         ("ld.global.nc.v2.u32 {%r9, %r8}, [%rd3];", "no multiples of 8"),
         ("setp.lt.u32 %p2, %r1, 32; @%p2 bra $L__end; bar.sync 0;", "wait for others that have returned"),
@@ -114,6 +137,53 @@ def test_tensor_cores_cut_what_lies_below_the_largest_number() -> None:
 def test_what_no_device_would_do_is_refused(body: str, sentence: str) -> None:
     with pytest.raises(Wrong, match=sentence):
         run(body)
+
+
+def test_shuffles_from_any_lane() -> None:
+    got = run("shl.b32 %r6, %r1, 1; shfl.sync.idx.b32 %r9|%p3, %r9, %r6, 31, -1;").tolist()
+    assert got == [place // 32 * 32 + 2 * place % 32 for place in range(64)]
+
+
+def test_copies_arrive_when_they_are_waited_for() -> None:
+    numbers = torch.randint(0, 1 << 30, (64,), generator=torch.Generator().manual_seed(0)).int()
+    body = f"{COPY} {AWAIT} xor.b32 %r6, %r4, 20; ld.shared.u32 %r9, [%r6];"
+    assert run(body, numbers.clone()).tolist() == [int(numbers[place ^ 5]) for place in range(64)]
+
+
+def test_a_group_may_be_under_way_while_the_one_before_it_is_read() -> None:
+    other = COPY.replace("[%r8]", "[%r8+256]")
+    body = f"{COPY} {other} cp.async.wait_group 1; bar.warp.sync -1; ld.shared.u32 %r9, [%r4%s];"
+    text = HEAD.replace("held[256]", "held[512]")
+    out = torch.arange(64, dtype=torch.int32)
+    for offset, sentence in (("", None), ("+256", "before what is copied there has arrived")):
+        whole = f"{text} {body.replace('%s', offset)} st.global.u32 [%rd3], %r9; ret; }}"
+        launch = Launch(Program.read(whole), (1, 1, 1), (out,))
+        if sentence is None:
+            launch.run()
+            assert out.tolist() == [*range(64)]
+        else:
+            with pytest.raises(Wrong, match=sentence):
+                launch.run()
+
+
+def test_what_a_launch_gives_to_a_block_lies_behind_what_is_declared() -> None:
+    text = ".extern .shared .align 16 .b8 more[];" + HEAD.replace("%r2, held", "%r2, more")
+    out = torch.arange(64, dtype=torch.int32)
+    program = Program.read(f"{text} mov.u32 %r9, %r1; {EXCHANGE} st.global.u32 [%rd3], %r9; ret; }}")
+    assert program.shared == {"held": 0, "more": 256}
+    Launch(program, (1, 1, 1), (out,), shared_bytes=256).run()
+    assert out.tolist() == [place ^ 32 for place in range(64)]
+    with pytest.raises(Wrong, match="outside of shared memory"):
+        Launch(program, (1, 1, 1), (out,), shared_bytes=128).run()
+
+
+def test_halves_of_words_are_stored() -> None:
+    body = "st.shared.u32 [%r4], %r9; st.shared.u16 [%r4+2], %r9; ld.shared.u32 %r9, [%r4];"
+    assert run(body).tolist() == [place << 16 | place for place in range(64)]
+
+
+def test_a_meeting_lets_threads_read_what_others_of_their_warp_wrote() -> None:
+    assert run(NEXT).tolist() == [place ^ 1 for place in range(64)]
 
 
 def test_a_barrier_lets_warps_read_what_others_wrote() -> None:

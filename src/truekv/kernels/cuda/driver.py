@@ -15,21 +15,28 @@ if TYPE_CHECKING:
 Argument: TypeAlias = "torch.Tensor | ctypes.c_int32 | ctypes.c_uint32 | ctypes.c_int64"
 """A tensor stands for its address."""
 _THREADS: Final = 128
+_MOST_SHARED: Final = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES of the driver's header: without it a launch gives 48 KiB at most."""
 
 
 class Function:
     """A kernel on one device."""
 
-    def __init__(self, code: bytes, name: str, device: torch.device) -> None:
-        """Load it into the device's context, which torch made; Refused where the driver does not take it."""
-        self._device = device
+    def __init__(self, code: bytes, name: str, device: torch.device, shared_bytes: int = 0) -> None:
+        """Load it into the device's context, which torch made; Refused where the driver does not take it.
+
+        `shared_bytes`: shared memory that launches give to each block, beside what the code declares.
+        """
+        self._device, self._shared_bytes = device, shared_bytes
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             # So that there is a context, and in this thread.
             torch.cuda.synchronize()
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code), f"load the kernel '{name}'")
             found = _driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
-        _check(found, f"find the kernel '{name}'")
+            _check(found, f"find the kernel '{name}'")
+            allowed = _driver().cuFuncSetAttribute(self._function, _MOST_SHARED, ctypes.c_int(shared_bytes))
+        _check(allowed, f"give {shared_bytes} bytes of shared memory to the kernel '{name}'")
 
     def launch(self, grid: tuple[int, int, int], arguments: Seq[Argument]) -> None:
         """Launch blocks of 128 threads on the current stream of the device, and do not wait for them."""
@@ -38,9 +45,8 @@ class Function:
         ]
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(item) for item in held))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        result = _driver().cuLaunchKernel(
-            self._function, *(ctypes.c_uint(size) for size in (*grid, _THREADS, 1, 1, 0)), stream, pointers, None
-        )
+        sizes = (ctypes.c_uint(size) for size in (*grid, _THREADS, 1, 1, self._shared_bytes))
+        result = _driver().cuLaunchKernel(self._function, *sizes, stream, pointers, None)
         _check(result, "launch a kernel")
 
 

@@ -24,17 +24,20 @@ LATENT, ROPE = 512, 64
 LATENT_QUERIES: Final = 128
 """Query rows of a sequence that it takes, at most."""
 PAGE_TOKENS: Final = 32
-BITS: Final = {"kv3": 3, "kv4": 4, "int8": 8}
+BITS: Final = {"kv3": 3, "kv4": 4, "int8": 8, "q4_0": 4, "q8_0": 8}
+BLOCK: Final = 32
+"""Numbers of a block of q4_0 and q8_0."""
+_WARPS: Final = 4
 
 
 class Kind(NamedTuple):
     """What a kernel is compiled for."""
 
     keys: str
-    """Their code: kv4, kv3 or int8."""
+    """Their code: kv4, kv3, int8, q8_0 or q4_0."""
     dim: int
     values: str = "kv4"
-    """Their code: kv4 or kv3, or that of latent keys, which they are."""
+    """Their code: kv4 or kv3, q8_0 or q4_0 if keys are one of these, or that of latent keys, which they are."""
     tiles: int = 0
     """Of eight query rows that one block has, where rows are latent ones; else 0."""
 
@@ -44,9 +47,28 @@ class Kind(NamedTuple):
         return "latent.cu" if self.tiles else "attend.cu"
 
     @property
+    def blocks(self) -> bool:
+        """Whether rows are cut into blocks that have a scale each."""
+        return self.keys in {"q8_0", "q4_0"}
+
+    def row_bytes(self, code: str) -> int:
+        """Return the bytes of the codes of a row, and of the scales of its blocks."""
+        return self.dim * BITS[code] // 8 + 2 * self.blocks * (self.dim // BLOCK)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of what a launch gives to each block of threads: for each warp a page, and what blocks have of scales."""
+        if not self.blocks:
+            return 0
+        row = self.row_bytes(self.keys) + self.row_bytes(self.values) + 2 * (self.dim // BLOCK)
+        return _WARPS * PAGE_TOKENS * row
+
+    @property
     def text(self) -> str:
-        """What is compiled: what kernels share, then the file; complaints name the line of either."""
-        return "".join(f'#line 1 "{name}"\n{(_FOLDER / name).read_text()}' for name in ("lanes.cu", self.file))
+        """What is compiled: what kernels share, how rows are read, then the file; complaints name the line of each."""
+        rows = () if self.tiles else ("blocks.cu" if self.blocks else "codes.cu",)
+        names = ("lanes.cu", *rows, self.file)
+        return "".join(f'#line 1 "{name}"\n{(_FOLDER / name).read_text()}' for name in names)
 
     @property
     def definitions(self) -> dict[str, int]:
@@ -65,11 +87,18 @@ class Kind(NamedTuple):
 
 _THREE_BITS: Final = (("kv3", "kv3"), ("kv4", "kv3"), ("kv3", "kv4"))
 # With int8 keys of 256 numbers the compiler runs out of registers.
-GROUPED: Final = (
+SCALED: Final = (
     *(Kind("kv4", dim) for dim in (64, 128, 256)),
     *(Kind("int8", dim) for dim in (64, 128)),
     *(Kind(keys, dim, values) for keys, values in _THREE_BITS for dim in (128, 256)),
 )
+"""Of rows of which each has one scale."""
+BLOCKED: Final = tuple(
+    Kind(keys, dim, values)
+    for keys, values in (("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0"))
+    for dim in (64, 128, 256)
+)
+GROUPED: Final = SCALED + BLOCKED
 LATENTS: Final = tuple(Kind("int8", LATENT, "int8", tiles) for tiles in (2, 3))
 KINDS: Final = GROUPED + LATENTS
 
@@ -85,7 +114,7 @@ class Launchable(Protocol):
 @functools.cache
 def load(kind: Kind, device: torch.device) -> Launchable:
     """Return the kernel of a kind on a device; Refused where it does not compile or load."""
-    return Function(compiled(kind.file, kind.text, kind.definitions), "attend", device)
+    return Function(compiled(kind.file, kind.text, kind.definitions), "attend", device, kind.shared_bytes)
 
 
 def runs_on(device: torch.device) -> bool:

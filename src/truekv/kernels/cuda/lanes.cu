@@ -50,6 +50,35 @@ __device__ __forceinline__ void multiply(float* d, u32 a0, u32 a1, u32 a2, u32 a
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+__device__ __forceinline__ u32 fused(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// Bytes times bytes: those of queries are signed or not.
+#define MULTIPLY_BYTES(name, type)                                                                              \
+  __device__ __forceinline__ void name(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                 \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8." type ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
+                 "{%8, %9}, {%0, %1, %2, %3};"                                                                  \
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                               \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                       \
+  }
+MULTIPLY_BYTES(multiply_high, "s8")
+MULTIPLY_BYTES(multiply_low, "u8")
+template <int WORDS>
+__device__ __forceinline__ void load(u32* d, const unsigned char* at) {
+  if constexpr (WORDS == 1) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(d[0]) : "l"(at));
+  } else if constexpr (WORDS == 2) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(at));
+  } else {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4)
+      asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(d[i]), "=r"(d[i + 1]), "=r"(d[i + 2]), "=r"(d[i + 3])
+                   : "l"(at + 4 * i));
+  }
+}
 // Sums of some keys and of later ones, rounded as tl.fma does.
 __device__ __forceinline__ float join(float sum, float old, float added, float by) {
   return __fmaf_rn(sum, old, __fmul_rn(added, by));

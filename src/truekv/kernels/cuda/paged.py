@@ -1,4 +1,4 @@
-"""Rows in pages where rows of 4 and 3 bits and latent ones are attended to in CUDA C++: all else is Triton's.
+"""Rows in pages where those of 4 and 3 bits, of q8_0 and latent ones are attended to in CUDA C++: all else is Triton's.
 
 Queries enter the frame of the keys and averages leave that of the values in Triton's kernels, spans are cut and merged
 as there. A step can be captured and replayed with other contents: which kernel runs follows from shapes alone.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from truekv.core.lazy import torch
 from truekv.kernels.cuda.kernel import (
+    BITS,
     GROUPED,
     LATENT,
     LATENT_QUERIES,
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from truekv.core.protocols import CacheFormat, Stored
     from truekv.core.spec import Field, Paged
 
-_CODES: Final = {"kv4": "kv4", "turboquant_4bit": "kv4", "kv3": "kv3", "turboquant_3bit": "kv3", "int8": "int8"}
+_CODES: Final = {
+    **{name: name for name in BITS},
+    "turboquant_4bit": "kv4",
+    "turboquant_3bit": "kv3",
+}
 """By format: those that are stored alike are one code."""
 _ROLES: Final = ["key", "value"]
 _LATENT: Final = [("both", LATENT), ("key", ROPE)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from truekv.core.errors import Refused
 from truekv.core.lazy import torch
-from truekv.kernels.cuda.kernel import BITS, PAGE_TOKENS, ROPE, load, runs_on
+from truekv.kernels.cuda.kernel import BITS, BLOCK, PAGE_TOKENS, ROPE, load, runs_on
 from truekv.kernels.triton.codebook import LEVELS
 
 if TYPE_CHECKING:
@@ -142,16 +142,31 @@ def _draw(kind: Kind) -> _Case:
 
 def _random(code: str, dim: int, shape: tuple[int, int], make: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Return pages of random codes and scales as bytes, and their rows [*shape, lines, dim] in storage order."""
-    width = dim * BITS[code] // 8
-    codes = torch.randint(0, 256, (*shape, PAGE_TOKENS, width), dtype=torch.uint8, generator=make)
-    scales = torch.rand(*shape, PAGE_TOKENS, generator=make).half() / 40
-    if code == "int8":
-        rows = codes.view(torch.int8).double()
+    # Of each scale: one of a row, or one of each block.
+    block = BLOCK if code in {"q8_0", "q4_0"} else dim
+    parts = (*shape, PAGE_TOKENS, dim // block)
+    codes = torch.randint(0, 256, (*parts, block * BITS[code] // 8), dtype=torch.uint8, generator=make)
+    scales = torch.rand(parts, generator=make)
+    if code == "q4_0":
+        # Of either sign, and codes are a sixteenth of the others'.
+        scales = 32 * scales - 16
+    scales = (scales / 40).half()
+    held = scales[..., None].view(torch.uint8)
+    rows = (numbers(code, codes) * scales.double()[..., None]).flatten(-2)
+    if block < dim:
+        return torch.cat([held, codes], -1).flatten(2), rows
+    return torch.cat([codes.flatten(2), held.flatten(2)], -1), rows
+
+
+def numbers(code: str, codes: torch.Tensor) -> torch.Tensor:
+    """Return what codes [..., bytes] stand for, before they meet a scale: float64 [..., numbers] in storage order."""
+    if code in {"int8", "q8_0"}:
+        return codes.view(torch.int8).double()
+    if code == "kv3":
+        width = codes.shape[-1] // 3
+        two, third = (codes[..., :width], codes[..., width : 2 * width]), codes[..., 2 * width :]
+        each = [two[part % 2] >> part // 2 * 2 & 3 | (third >> part & 1) << 2 for part in range(8)]
     else:
-        if code == "kv4":
-            each = [codes & 15, codes >> 4]
-        else:
-            two, third = (codes[..., : dim // 8], codes[..., dim // 8 : dim // 4]), codes[..., dim // 4 :]
-            each = [two[part % 2] >> part // 2 * 2 & 3 | (third >> part & 1) << 2 for part in range(8)]
-        rows = torch.tensor(LEVELS[code], dtype=torch.float64)[torch.stack(each, -1).flatten(-2).long()]
-    return torch.cat([codes.flatten(-2), scales.view(torch.uint8)], -1), rows * scales.double()[..., None]
+        each = [codes & 15, codes >> 4]
+    found = torch.stack(each, -1).flatten(-2)
+    return found.double() - 8 if code == "q4_0" else torch.tensor(LEVELS[code], dtype=torch.float64)[found.long()]
