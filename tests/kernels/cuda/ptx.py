@@ -33,7 +33,7 @@ _TYPES: Final = {
 }  # fmt: skip
 _STORAGE: Final = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f": np.float32}
 _POISON: Final = {"p": False, "rs": 0x7E7E, "r": 0xFFFFFFFF, "rd": 0xFFFFFFFFFFFFFFFF, "f": np.nan}
-_HALVES: Final = ("f32", "f16", "f16", "f32")
+_HALVES: Final = {("f32", "f16", "f16", "f32"): "f16", ("f32", "bf16", "bf16", "f32"): "bf16"}
 _BYTES: Final = {("s32", "s8", "s8", "s32"): np.int8, ("s32", "s8", "u8", "s32"): np.uint8}
 
 
@@ -269,15 +269,19 @@ class Launch:
     def _do_cp(self, instruction: Instruction, mask: Array, _kinds: list[str]) -> None:
         match instruction.parts:
             case ("async", "cg", "shared", "global"):
-                target, source, size = instruction.operands
+                target, source, size, *held = instruction.operands
                 self._is(size, 16, mask)
+                # Where nothing is to be read, zeros arrive.
+                read = mask & (np.broadcast_to(self.get(held[0], "u32"), self.size) > 0) if held else mask
+                if held and not set(np.unique(self.get(held[0], "u32")[mask])) <= {0, 16}:
+                    raise Wrong(f"a part of 16 bytes: {instruction.text}")
                 to, start = (self._address(item, kind) for item, kind in ((target, "u32"), (source, "u64")))
                 block, at = self._in_shared(to, 16, mask)
                 self._mark(block, at, mask)
                 # What is at the address now may be another thing when it arrives.
-                self.memory.read(start, 16, mask)
+                self.memory.read(start, 16, read)
                 self.arriving[block, at] = True
-                self.copies.append((np.flatnonzero(mask), self.group[mask], start[mask], at))
+                self.copies.append((np.flatnonzero(mask), self.group[mask], np.where(read, start, 0)[mask], at))
             case ("async", "commit_group"):
                 self.group[mask] += 1
             case ("async", "wait_group"):
@@ -296,7 +300,9 @@ class Launch:
                 address = np.zeros(self.size, np.int64)
                 address[threads[done]] = source[done]
                 block = self.block[which][:, None]
-                self.shared[block, at[done]] = self.memory.read(address, 16, which)
+                data = np.zeros((int(done.sum()), 16), np.uint8)
+                data[source[done] > 0] = self.memory.read(address, 16, which & (address > 0))
+                self.shared[block, at[done]] = data
                 self.arriving[block, at[done]] = False
                 self._written(block, at[done], which)
             if not done.all():
@@ -321,6 +327,12 @@ class Launch:
         if parts == "rn.f16x2.f32":
             high, low = (self.get(item, "f32").astype(np.float16).view(np.uint16) for item in sources)
             value = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+        elif parts == "rn.bf16x2.f32":
+            high, low = (
+                torch.from_numpy(np.array(np.broadcast_to(self.get(item, "f32"), self.size))).bfloat16()
+                for item in sources
+            )
+            value = torch.stack([low, high], -1).view(torch.int32)[:, 0].numpy().view(np.uint32)
         elif parts == "f32.f16":
             value = self.get(sources[0], "b16").view(np.float16).astype(np.float32)
         elif parts == "rn.f32.s32":
@@ -396,15 +408,17 @@ class Launch:
         if instruction.parts[:5] == ("sync", "aligned", "m16n8k32", "row", "col") and kinds in _BYTES:
             self._multiply_bytes(instruction, mask, _BYTES[kinds])
             return
-        if instruction.parts[:5] != ("sync", "aligned", "m16n8k16", "row", "col") or kinds != _HALVES:
+        if instruction.parts[:5] != ("sync", "aligned", "m16n8k16", "row", "col") or kinds not in _HALVES:
             raise Wrong(f"an instruction that is not known: {instruction.text}")
         out, a, b, c = (_members(item) for item in instruction.operands)
         a_WRK, b_WKN, c_WRN = (np.empty((self.size // 32, *shape)) for shape in ((16, 16), (16, 8), (16, 8)))
         for place, item in enumerate(a):
             rows, columns = slice(place % 2 * 8, place % 2 * 8 + 8), slice(place // 2 * 8, place // 2 * 8 + 8)
-            a_WRK[:, rows, columns] = self._halves(item).reshape(-1, 8, 8)
+            a_WRK[:, rows, columns] = self._halves(item, _HALVES[kinds]).reshape(-1, 8, 8)
         for place, item in enumerate(b):
-            b_WKN[:, place * 8 : place * 8 + 8] = self._halves(item).reshape(-1, 8, 8).transpose(0, 2, 1)
+            b_WKN[:, place * 8 : place * 8 + 8] = (
+                self._halves(item, _HALVES[kinds]).reshape(-1, 8, 8).transpose(0, 2, 1)
+            )
         for place, item in enumerate(c):
             numbers = np.broadcast_to(self.get(item, "f32"), self.size).reshape(-1, 8, 4)
             c_WRN[:, place // 2 * 8 : place // 2 * 8 + 8, place % 2 :: 2] = numbers
@@ -432,9 +446,25 @@ class Launch:
         words = np.ascontiguousarray(np.broadcast_to(self.get(operand, "b32"), self.size))
         return words.view(kind).reshape(-1, 8, 16)
 
-    def _halves(self, operand: str) -> Array:
+    def _halves(self, operand: str, kind: str) -> Array:
         words = np.ascontiguousarray(np.broadcast_to(self.get(operand, "b32"), self.size))
-        return words.view(np.float16).astype(np.float64)
+        if kind == "f16":
+            return words.view(np.float16).astype(np.float64)
+        return (words.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+    def _do_ldmatrix(self, instruction: Instruction, mask: Array, _kinds: list[str]) -> None:
+        self._whole_warps(mask, instruction)
+        turned = "trans" in instruction.parts
+        if instruction.parts != ("sync", "aligned", "m8n8", "x4", *(("trans",) if turned else ()), "shared", "b16"):
+            raise Wrong(f"an instruction that is not known: {instruction.text}")
+        targets, place = _members(instruction.operands[0]), instruction.operands[1]
+        rows = np.zeros((self.size, 16), np.uint8)
+        rows[mask] = self._read_shared(self._address(place, "u32"), 16, mask)
+        # Eight lanes in turn have the rows of one matrix.
+        matrices = rows.view(np.uint16).reshape(-1, 4, 8, 8)
+        matrices = matrices.transpose(0, 1, 3, 2) if turned else matrices
+        for index, target in enumerate(targets):
+            self.put(target, np.ascontiguousarray(matrices[:, index]).reshape(-1).view(np.uint32), mask)
 
     def _do_ld(self, instruction: Instruction, mask: Array, kinds: list[str]) -> None:
         targets, place = _members(instruction.operands[0]), instruction.operands[1]

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernels.cuda.emulated import BOUND, NEEDS_NVCC, Emulated, error, ptx, run
+from kernels.cuda.emulated import BOUND, NEEDS_NVCC, Emulated, drawn, error, ptx, run
 from kernels.cuda.ptx import Wrong
 from kernels.native.cache import Cache, fill, formats
 from memory.toys import mla
@@ -21,11 +21,18 @@ from truekv.kernels.triton.tiles import FOLD, SPAN
 
 pytestmark = NEEDS_NVCC
 LAYER = mla(512, 64)
-EIGHT = formats("int8", "int8")
+BOUNDS = {"int8": BOUND, "bf16": 2e-5}
+"""Weights of int8 rows are halves, those of bf16 rows two numbers of bf16."""
 
 
-def cached(lengths: list[int], *, measured: bool = False, seed: int = 0) -> Cache:
-    return fill(LAYER, EIGHT, lengths, measured=measured, seed=seed)
+@pytest.fixture(params=BOUNDS)
+def code(request: pytest.FixtureRequest) -> str:
+    """Format of both fields."""
+    return request.param
+
+
+def cached(code: str, lengths: list[int], *, measured: bool = False, seed: int = 0) -> Cache:
+    return fill(LAYER, formats(code, code), lengths, measured=measured, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -41,16 +48,16 @@ def cached(lengths: list[int], *, measured: bool = False, seed: int = 0) -> Cach
         (128, [1, 1], 6),
     ],
 )
-def test_heads_and_query_lengths(heads: int, counts: list[int], blocks: int, emulated: Emulated) -> None:
-    assert error(cached([70, 33], measured=True), counts, heads, emulated) < BOUND
+def test_heads_and_query_lengths(heads: int, counts: list[int], blocks: int, code: str, emulated: Emulated) -> None:
+    assert error(cached(code, [70, 33], measured=True), counts, heads, emulated) < BOUNDS[code]
     assert emulated.grids[-1][:2] == (blocks, 2)
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 63, 64, 65, 96, SPAN - 1, SPAN, SPAN + 1])
-def test_lengths_at_the_edges_of_pages_and_spans(length: int, emulated: Emulated) -> None:
-    cache = cached([length, 40], seed=length)
-    assert error(cache, [1, 1], 20, emulated) < BOUND
-    assert error(cache, [min(length, 3), 3], 6, emulated) < BOUND
+def test_lengths_at_the_edges_of_pages_and_spans(length: int, code: str, emulated: Emulated) -> None:
+    cache = cached(code, [length, 40], seed=length)
+    assert error(cache, [1, 1], 20, emulated) < BOUNDS[code]
+    assert error(cache, [min(length, 3), 3], 6, emulated) < BOUNDS[code]
 
 
 def raw(
@@ -75,42 +82,35 @@ def raw(
     return out
 
 
-def bare(lengths: list[int]) -> tuple[Cache, tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of zeros with scales of one, and the codes of both fields [pages, lines, D]."""
-    cache = cached(lengths)
-    found: list[torch.Tensor] = []
-    for stored in cache.fields:
-        codes, scales = reference.planes(stored)
-        codes[cache.pages[:, 0], 0] = 0
-        scales[cache.pages[:, 0], 0] = torch.tensor([1.0]).half().view(torch.uint8)
-        found.append(codes[:, 0])
-    return cache, (found[0], found[1])
-
-
 @pytest.mark.parametrize("kind", kernel.LATENTS, ids=str)
-def test_every_byte_in_every_place(kind: kernel.Kind, emulated: Emulated) -> None:
+def test_every_number_in_every_place(kind: kernel.Kind, emulated: Emulated) -> None:
     """One key per sequence, met by queries that are one number each; its average is itself."""
     rows, heads, make = 512, 8 * kind.tiles, torch.Generator().manual_seed(kind.tiles)
-    cache, held = bare([1] * rows)
+    cache = cached(kind.keys, [1] * rows)
     numbers: list[torch.Tensor] = []
-    for codes in held:
-        made = torch.randint(0, 256, (rows, codes.shape[-1]), dtype=torch.uint8, generator=make)
-        codes[cache.pages[:, 0], 0] = made
-        numbers.append(made.view(torch.int8).float())
+    for stored in cache.fields:
+        codes, *scales = reference.planes(stored)
+        made = torch.randint(0, 256, (rows, stored.field.dim), dtype=torch.uint8, generator=make).view(torch.int8)
+        codes[:, 0] = 0
+        codes[cache.pages[:, 0], 0, 0] = (made.bfloat16() if kind.keys == "bf16" else made).view(torch.uint8)
+        for plane in scales:
+            plane[cache.pages[:, 0], 0] = torch.tensor([1.0]).half().view(torch.uint8)
+        numbers.append(made.float())
     place = (torch.arange(rows)[:, None] * heads + torch.arange(heads)) % 512
     queries = [torch.nn.functional.one_hot(place % len(row[0]), len(row[0])).float() for row in numbers]
     average, largest, total = raw(cache, (queries[0], queries[1]), kind, emulated)
     scores = numbers[0].gather(1, place) + numbers[1].gather(1, place % 64)
     assert float((largest - scores).abs().max()) < 1e-4
-    assert float((total / 2**14 - 1).abs().max()) < 1e-5
-    assert torch.equal(average / 2**14, numbers[0][:, None].expand_as(average))
+    unit = 2.0 ** (15 if kind.keys == "bf16" else 14)
+    assert float((total / unit - 1).abs().max()) < 1e-5
+    assert torch.equal(average / unit, numbers[0][:, None].expand_as(average))
     assert len({(int(dim), int(code)) for dim, code in enumerate(numbers[0].flatten().tolist())}) == rows * 512
 
 
 @pytest.mark.parametrize("size", [0.0, 2.0**-24, 1e-5, 0.2, 65504.0])
 @pytest.mark.parametrize("which", [0, 1])
 def test_scales_of_any_size_beside_others(which: int, size: float, emulated: Emulated) -> None:
-    cache = cached([70])
+    cache = cached("int8", [70])
     _, scales = reference.planes(cache.fields[which])
     scales[cache.pages[0], 0, 5:19] = torch.tensor([size]).half().view(torch.uint8)
     if size < 1:
@@ -124,19 +124,20 @@ def test_scales_of_any_size_beside_others(which: int, size: float, emulated: Emu
 
 
 @pytest.mark.parametrize(("latent", "rope"), [(1.0, 0.0), (0.0, 1.0), (1e-20, 1.0), (30.0, 1e-4), (0.0, 0.0)])
-def test_queries_of_any_two_sizes(latent: float, rope: float, emulated: Emulated) -> None:
-    cache = cached([70])
+def test_queries_of_any_two_sizes(latent: float, rope: float, code: str, emulated: Emulated) -> None:
+    cache = cached(code, [70])
     step = cache.step([2])
     queries = tuple(query * by for query, by in zip(cache.queries(step, 10), (latent, rope), strict=True))
+    queries = tuple(query.bfloat16().float() for query in queries)
     wanted = reference.attend(queries, cache.fields, 0.11, None, step)
-    assert float((run(cache, step, queries) - wanted).abs().max()) < 2 * BOUND * float(wanted.abs().max())
+    assert float((run(cache, step, queries) - wanted).abs().max()) < 2 * BOUNDS[code] * float(wanted.abs().max())
     assert emulated.launches == 1
 
 
-def test_a_row_does_not_depend_on_its_companions_or_the_width_of_the_table(emulated: Emulated) -> None:
-    cache = cached([SPAN + 90, 530, 3], measured=True)
+def test_a_row_does_not_depend_on_its_companions_or_the_width_of_the_table(code: str, emulated: Emulated) -> None:
+    cache = cached(code, [SPAN + 90, 530, 3], measured=True)
     step = cache.step([2, 2, 1])
-    queries = cache.queries(step, 20)
+    queries = drawn(cache, step, 20)
     together = run(cache, step, queries)
     assert torch.isfinite(together).all()
     for sequence, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 5))):
@@ -152,11 +153,11 @@ def test_a_row_does_not_depend_on_its_companions_or_the_width_of_the_table(emula
 
 
 def test_a_block_of_several_spans_joins_them_as_others_would(
-    emulated: Emulated, monkeypatch: pytest.MonkeyPatch
+    code: str, emulated: Emulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = cached([(FOLD + 1) * SPAN + 90, 530, 3])
+    cache = cached(code, [(FOLD + 1) * SPAN + 90, 530, 3])
     step = cache.step([1, 2, 1])
-    queries = cache.queries(step, 16)
+    queries = drawn(cache, step, 16)
     one = run(cache, step, queries)
     monkeypatch.setattr(tiles, "_MANY", 1)
     several = run(cache, step, queries)
@@ -164,36 +165,36 @@ def test_a_block_of_several_spans_joins_them_as_others_would(
     # The interpreter rounds a product before it is added to, and has another power of two.
     assert (several - one).abs().max() < 1e-6 * one.abs().max()
     assert torch.equal(several[3:], one[3:]), "the row of one span has nothing to join"
-    assert error(cache, [1, 2, 1], 16, emulated) < BOUND
+    assert error(cache, [1, 2, 1], 16, emulated) < BOUNDS[code]
 
 
-def test_many_query_rows_leave_no_more_sums_than_are_planned_for(emulated: Emulated) -> None:
+def test_many_query_rows_leave_no_more_sums_than_are_planned_for(code: str, emulated: Emulated) -> None:
     """More than 64 take several spans in any case; see engine/activations.py."""
-    cache = cached([2 * SPAN + 5])
-    assert error(cache, [4], 20, emulated) < BOUND
-    assert error(cache, [4], 16, emulated) < BOUND
+    cache = cached(code, [2 * SPAN + 5])
+    assert error(cache, [4], 20, emulated) < BOUNDS[code]
+    assert error(cache, [4], 16, emulated) < BOUNDS[code]
     assert [grid[2] for grid in emulated.grids] == [1, 3]
 
 
 @pytest.mark.parametrize("garbage", [0x00, 0x7F, 0xFF])
-def test_lines_that_nobody_wrote_are_never_read_as_numbers(garbage: int, emulated: Emulated) -> None:
+def test_lines_that_nobody_wrote_are_never_read_as_numbers(garbage: int, code: str, emulated: Emulated) -> None:
     outs: list[torch.Tensor] = []
     for fill_byte in (0x55, garbage):
-        cache = cached([69, 33])
+        cache = cached(code, [69, 33])
         step = cache.step([69, 33])
         cache.fields[0].data.fill_(fill_byte)
         reference.store(cache.fields, cache.rows, step)
         step = cache.step([1, 3])
-        outs.append(run(cache, step, cache.queries(step, 2)))
+        outs.append(run(cache, step, drawn(cache, step, 2)))
     assert torch.isfinite(outs[0]).all()
     assert torch.equal(*outs)
     assert emulated.launches == 2
 
 
-def test_rows_without_tokens_and_tokens_of_nobody(emulated: Emulated) -> None:
-    cache = cached([70, 33])
+def test_rows_without_tokens_and_tokens_of_nobody(code: str, emulated: Emulated) -> None:
+    cache = cached(code, [70, 33])
     step = cache.step([3], [0])
-    queries = cache.queries(step, 7)
+    queries = drawn(cache, step, 7)
     zero, last = torch.zeros(1, dtype=torch.int64), torch.full((2,), 1)
     padded = dataclasses.replace(
         step,
@@ -213,10 +214,10 @@ def test_rows_without_tokens_and_tokens_of_nobody(emulated: Emulated) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_query_of_no_number_spoils_its_own_row_only(which: int, emulated: Emulated) -> None:
-    cache = cached([70])
+def test_a_query_of_no_number_spoils_its_own_row_only(which: int, code: str, emulated: Emulated) -> None:
+    cache = cached(code, [70])
     step = cache.step([3])
-    queries = cache.queries(step, 9)
+    queries = drawn(cache, step, 9)
     spoiled = [query.clone() for query in queries]
     spoiled[which][1, 3, 5] = torch.nan
     whole, got = run(cache, step, queries), run(cache, step, (spoiled[0], spoiled[1]))
@@ -227,10 +228,12 @@ def test_a_query_of_no_number_spoils_its_own_row_only(which: int, emulated: Emul
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_stored_row_of_no_number_spoils_its_sequence_and_nobody_else(which: int, emulated: Emulated) -> None:
-    cache = cached([70, 40])
+def test_a_stored_row_of_no_number_spoils_its_sequence_and_nobody_else(
+    which: int, code: str, emulated: Emulated
+) -> None:
+    cache = cached(code, [70, 40])
     step = cache.step([3, 1])
-    queries = cache.queries(step, 2)
+    queries = drawn(cache, step, 2)
     whole = run(cache, step, queries)
     for plane in reference.planes(cache.fields[which]):
         plane[step.page[1], 0, step.line[1]] = 0xFF
@@ -245,6 +248,7 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
     for layer, names, group, count in (
         (LAYER, ("int8", "int8"), 16, 9),
         (LAYER, ("bf16", "int8"), 16, 1),
+        (LAYER, ("kv4", "int8"), 16, 1),
         (mla(128, 64), ("int8", "int8"), 16, 1),
         (Paged(LAYER.fields, window=20), ("int8", "int8"), 16, 1),
     ):
@@ -254,48 +258,67 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
         wanted = reference.attend(queries, cache.fields, 0.11, layer.window, step)
         assert float((run(cache, step, queries) - wanted).abs().max()) < 1e-4
     assert not emulated.launches
-    assert paged.taken(LAYER, EIGHT) == kernel.LATENTS
-    assert not paged.taken(Paged(LAYER.fields, window=20), EIGHT)
+    for name in ("int8", "bf16"):
+        both = formats(name, name)
+        assert [kind.keys for kind in paged.taken(LAYER, both)] == [name] * 2
+        assert not paged.taken(Paged(LAYER.fields, window=20), both)
+        assert not paged.taken(mla(256, 64), both)
+        assert not paged.taken(Paged((Field("l", 1, 512, "both"), Field("r", 1, 32, "key"))), both)
     assert not paged.taken(LAYER, formats("kv4", "int8"))
-    assert not paged.taken(mla(256, 64), EIGHT)
-    assert not paged.taken(Paged((Field("l", 1, 512, "both"), Field("r", 1, 32, "key"))), EIGHT)
+    assert not paged.taken(LAYER, formats("bf16", "int8"))
 
 
 def test_the_trial_before_its_first_use_passes(emulated: Emulated) -> None:
     for kind in kernel.LATENTS:
         assert trial.error(kind, torch.device("cpu")) < trial.BOUND / 2
-    assert emulated.grids == [(2, 2, 2), (2, 2, 1)] * 2
+    assert emulated.grids == [(2, 2, 2), (2, 2, 1)] * len(kernel.LATENTS)
 
 
-SMALL = kernel.LATENTS[0]
+SMALL = {code: kernel.Kind(code, 512, code, 2) for code in BOUNDS}
 BROKEN = {
-    "the order of values": ("movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "),
-    "the largest score": ("max.f32", "min.f32"),
-    "the sign of values": (str(0x80808080 - 2**32), "0"),
-    "the even numbers": (", 16960;", ", 16961;"),
-    "lower bytes": ("shl.b32", "shr.u32"),
+    "the order of values": ("int8", "movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "),
+    "the largest score": ("int8", "max.f32", "min.f32"),
+    "the sign of values": ("int8", str(0x80808080 - 2**32), "0"),
+    "the even numbers": ("int8", ", 16960;", ", 16961;"),
+    "lower bytes": ("int8", "shl.b32", "shr.u32"),
+    "values as they lie": ("bf16", "x4.trans.shared", "x4.shared"),
+    "the order of weights": ("bf16", "movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "),
+    "the largest of bf16": ("bf16", "max.f32", "min.f32"),
+    "what bf16 leaves of a weight": ("bf16", "sub.f32", "add.f32"),
+    "the second part of a line": ("bf16", "+64];", "+0];"),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_fails_the_trial(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = BROKEN[what]
-    assert old in ptx(SMALL)
-    monkeypatch.setattr(trial, "load", Emulated(ptx(SMALL).replace(old, new)).load)
+    code, old, new = BROKEN[what]
+    kind = SMALL[code]
+    assert old in ptx(kind)
+    monkeypatch.setattr(trial, "load", Emulated(ptx(kind).replace(old, new)).load)
     try:
-        off = trial.error(SMALL, torch.device("cpu"))
+        off = trial.error(kind, torch.device("cpu"))
     except Wrong:
         return
     assert not off <= trial.BOUND
 
 
-def test_a_barrier_less_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = ptx(SMALL)
+@pytest.mark.parametrize(("kind", "least"), [(SMALL["int8"], 7), (SMALL["bf16"], 5)], ids=str)
+def test_a_barrier_less_is_seen(kind: kernel.Kind, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ptx(kind)
     barriers = text.count("bar.sync")
-    assert barriers >= 7
+    assert barriers >= least
     for place in range(barriers):
         parts = text.split("bar.sync")
         without = "bar.sync".join(parts[: place + 1]) + "mov.u32 %r1, %r1; //" + "bar.sync".join(parts[place + 1 :])
         monkeypatch.setattr(trial, "load", Emulated(without).load)
         with pytest.raises(Wrong, match="since the last barrier"):
-            trial.error(SMALL, torch.device("cpu"))
+            trial.error(kind, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("old", ["cp.async.wait_group 2;", "cp.async.commit_group;"])
+def test_tokens_that_have_not_arrived_are_not_read(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ptx(SMALL["bf16"])
+    assert old in text
+    monkeypatch.setattr(trial, "load", Emulated(text.replace(old, "")).load)
+    with pytest.raises(Wrong, match="before what is copied there has arrived"):
+        trial.error(SMALL["bf16"], torch.device("cpu"))

@@ -50,12 +50,6 @@ __device__ __forceinline__ void copy(u32 to, const unsigned char* from, int lane
     asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(to), "l"(from), "n"(AT) : "memory");
   if constexpr (AT + 512 < BYTES) copy<BYTES, AT + 512>(to, from, lane);
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// For all groups but the last of every lane.
-__device__ __forceinline__ void await() {
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
-  __syncwarp();
-}
 
 struct Rows {
   int keys, values, shares, lane;  // where they are held
@@ -104,7 +98,8 @@ struct Rows {
 
   // What query rows 2 c and 2 c + 1 make of the keys, but for their units.
   __device__ __forceinline__ void scores(float score[2][4], const u32* high, const u32* low) const {
-    await();
+    await<1>();
+    __syncwarp();
 #pragma unroll
     for (int t = 0; t < 2; t++) {
 #pragma unroll
@@ -138,7 +133,8 @@ struct Rows {
   // The power of two of each value by rows of scores, and what its blocks have of it. A lane has a token. Of lines that
   // nobody wrote, which may hold anything, blocks have nothing.
   __device__ __forceinline__ void scales(float scale[2][2], int r, int written) const {
-    await();
+    await<1>();
+    __syncwarp();
     float each[BLOCKS], most = 0;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {

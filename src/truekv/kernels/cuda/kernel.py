@@ -1,4 +1,4 @@
-"""The kernels of attend.cu and latent.cu, compiled for rows of one kind."""
+"""The kernels of this folder, compiled for rows of one kind."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ _FOLDER: Final = Path(__file__).parent
 QUERIES: Final = 8
 """Query rows of one kv head that attend.cu takes, at most."""
 LATENT, ROPE = 512, 64
-"""Numbers of the rows that latent.cu takes."""
+"""Numbers of latent rows and of their rotary keys."""
 LATENT_QUERIES: Final = 128
-"""Query rows of a sequence that it takes, at most."""
+"""Query rows of a sequence that read latent rows, at most."""
 PAGE_TOKENS: Final = 32
-BITS: Final = {"kv3": 3, "kv4": 4, "int8": 8, "q4_0": 4, "q8_0": 8}
+BITS: Final = {"kv3": 3, "kv4": 4, "int8": 8, "q4_0": 4, "q8_0": 8, "bf16": 16}
 BLOCK: Final = 32
 """Numbers of a block of q4_0 and q8_0."""
+_LATENT_FILES: Final = {"int8": "latent.cu", "bf16": "latent_bf16.cu"}
 _WARPS: Final = 4
+_RING: Final = 64
+"""Tokens that latent_bf16.cu holds at a time."""
 
 
 class Kind(NamedTuple):
     """What a kernel is compiled for."""
 
     keys: str
-    """Their code: kv4, kv3, int8, q8_0 or q4_0."""
+    """Their code: kv4, kv3, int8, q8_0 or q4_0, or of latent ones int8 or bf16."""
     dim: int
     values: str = "kv4"
     """Their code: kv4 or kv3, q8_0 or q4_0 if keys are one of these, or that of latent keys, which they are."""
@@ -44,7 +47,7 @@ class Kind(NamedTuple):
     @property
     def file(self) -> str:
         """Where the kernel is."""
-        return "latent.cu" if self.tiles else "attend.cu"
+        return _LATENT_FILES[self.keys] if self.tiles else "attend.cu"
 
     @property
     def blocks(self) -> bool:
@@ -57,9 +60,13 @@ class Kind(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Of what a launch gives to each block of threads: for each warp a page, and what blocks have of scales."""
+        """Of what a launch gives to each block of threads."""
+        if self.keys == "bf16":
+            # A ring of tokens, whose lines lie 16 bytes further apart than they are long.
+            return _RING * (2 * (LATENT + ROPE) + 16)
         if not self.blocks:
             return 0
+        # For each warp a page, and what blocks have of scales.
         row = self.row_bytes(self.keys) + self.row_bytes(self.values) + 2 * (self.dim // BLOCK)
         return _WARPS * PAGE_TOKENS * row
 
@@ -99,7 +106,7 @@ BLOCKED: Final = tuple(
     for dim in (64, 128, 256)
 )
 GROUPED: Final = SCALED + BLOCKED
-LATENTS: Final = tuple(Kind("int8", LATENT, "int8", tiles) for tiles in (2, 3))
+LATENTS: Final = tuple(Kind(code, LATENT, code, tiles) for code in _LATENT_FILES for tiles in (2, 3))
 KINDS: Final = GROUPED + LATENTS
 
 

@@ -79,6 +79,12 @@ __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
                    : "l"(at + 4 * i));
   }
 }
+// What a thread has copied into shared memory since is a group; it waits for all groups but so many.
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS>
+__device__ __forceinline__ void await() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
 // Sums of some keys and of later ones, rounded as tl.fma does.
 __device__ __forceinline__ float join(float sum, float old, float added, float by) {
   return __fmaf_rn(sum, old, __fmul_rn(added, by));

@@ -103,8 +103,8 @@ def attend(
 
 def _kinds(fields: Seq[Field], formats: Seq[CacheFormat], window: int | None) -> tuple[Kind, ...]:
     codes = [_CODES.get(chosen.name.removesuffix("+hadamard"), "") for chosen in formats]
-    if [(item.role, item.dim) for item in fields] == _LATENT and codes == ["int8", "int8"]:
-        return LATENTS if window is None else ()
+    if [(item.role, item.dim) for item in fields] == _LATENT and window is None:
+        return tuple(kind for kind in LATENTS if [kind.keys, kind.values] == codes)
     if [item.role for item in fields] != _ROLES or fields[0].dim != fields[1].dim:
         return ()
     kind = Kind(codes[0], fields[0].dim, codes[1])

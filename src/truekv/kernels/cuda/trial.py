@@ -133,15 +133,22 @@ def _draw(kind: Kind) -> _Case:
     queries: list[torch.Tensor] = []
     for _, rows in drawn[:scored]:
         query = torch.randn(sum(_COUNTS), heads * group, rows.shape[-1], generator=make)
-        # One part is a unit vector; of two parts the largest number is 1, and units are half as many.
+        # One part is a unit vector; of two parts the largest number is 1, and units are half as many. Those of bf16 are
+        # as they are.
         query = torch.nn.functional.normalize(query, p=math.inf if kind.tiles else 2, dim=-1)
-        queries.append((query * (_UNITS / scored)).round() / (_UNITS / scored))
+        exact = (
+            query.bfloat16().float() if kind.keys == "bf16" else (query * (_UNITS / scored)).round() / _UNITS * scored
+        )
+        queries.append(exact)
     codes, rows = zip(*drawn, strict=True)
     return _Case(codes, rows, tuple(queries), 1.0 if kind.tiles else 8.0, heads, pages)
 
 
 def _random(code: str, dim: int, shape: tuple[int, int], make: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Return pages of random codes and scales as bytes, and their rows [*shape, lines, dim] in storage order."""
+    if code == "bf16":
+        numbers_of = torch.randn(*shape, PAGE_TOKENS, dim, generator=make).bfloat16()
+        return numbers_of.view(torch.uint8).flatten(2), numbers_of.double()
     # Of each scale: one of a row, or one of each block.
     block = BLOCK if code in {"q8_0", "q4_0"} else dim
     parts = (*shape, PAGE_TOKENS, dim // block)
