@@ -46,6 +46,9 @@ class Nvrtc:
 
     def __init__(self, path: str) -> None:
         """Load it; OSError where it cannot be."""
+        # It looks for this one by name alone, and the loader has no path to where packages put it.
+        for other in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")):
+            ctypes.CDLL(str(other), mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(path)
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor = ctypes.c_int(), ctypes.c_int()
