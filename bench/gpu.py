@@ -135,7 +135,7 @@ SHAPES: Final = (
 )
 
 
-_IN_BOTH: Final = ((0, "q4_0"), (0, "kv4"), (0, "kv3"), (1, "kv4"), (2, "bf16"), (2, "int8"))
+_IN_BOTH: Final = ((0, "q4_0"), (0, "kv4"), (0, "kv3"), (1, "kv4"), (2, "bf16"), (2, "int8"), (2, "kv4"))
 """Of the shapes: rows that are attended to in Triton as well."""
 
 

@@ -21,18 +21,19 @@ from truekv.kernels.triton.tiles import FOLD, SPAN
 
 pytestmark = NEEDS_NVCC
 LAYER = mla(512, 64)
-BOUNDS = {"int8": BOUND, "bf16": 2e-5}
-"""Weights of int8 rows are halves, those of bf16 rows two numbers of bf16."""
+BOUNDS = {"int8": BOUND, "kv4": BOUND, "bf16": 2e-5}
+"""By code of latent rows. Weights of int8 and kv4 rows are halves, those of bf16 rows two numbers of bf16."""
+ROPES = {"int8": "int8", "kv4": "int8", "bf16": "bf16"}
 
 
-@pytest.fixture(params=BOUNDS)
+@pytest.fixture(params=["int8", "bf16"])
 def code(request: pytest.FixtureRequest) -> str:
-    """Format of both fields."""
+    """Format of both fields: one for each kernel."""
     return request.param
 
 
 def cached(code: str, lengths: list[int], *, measured: bool = False, seed: int = 0) -> Cache:
-    return fill(LAYER, formats(code, code), lengths, measured=measured, seed=seed)
+    return fill(LAYER, formats(code, ROPES[code]), lengths, measured=measured, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,13 @@ def cached(code: str, lengths: list[int], *, measured: bool = False, seed: int =
 def test_heads_and_query_lengths(heads: int, counts: list[int], blocks: int, code: str, emulated: Emulated) -> None:
     assert error(cached(code, [70, 33], measured=True), counts, heads, emulated) < BOUNDS[code]
     assert emulated.grids[-1][:2] == (blocks, 2)
+
+
+@pytest.mark.parametrize("name", ["kv4", "turboquant_4bit"])
+@pytest.mark.parametrize(("heads", "counts"), [(16, [1, 1]), (20, [1, 1]), (20, [2, 1]), (5, [3, 7])])
+def test_rows_of_4_bits(heads: int, counts: list[int], name: str, emulated: Emulated) -> None:
+    cache = fill(LAYER, formats(name, "int8"), [SPAN + 33, 40], measured=True)
+    assert error(cache, counts, heads, emulated) < BOUND
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 63, 64, 65, 96, SPAN - 1, SPAN, SPAN + 1])
@@ -90,12 +98,14 @@ def test_every_number_in_every_place(kind: kernel.Kind, emulated: Emulated) -> N
     numbers: list[torch.Tensor] = []
     for stored in cache.fields:
         codes, *scales = reference.planes(stored)
-        made = torch.randint(0, 256, (rows, stored.field.dim), dtype=torch.uint8, generator=make).view(torch.int8)
+        width = stored.field.dim if stored.format.name == "bf16" else codes.shape[-1]
+        made = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=make)
+        found = trial.numbers("int8" if stored.format.name == "bf16" else stored.format.name, made).float()
         codes[:, 0] = 0
-        codes[cache.pages[:, 0], 0, 0] = (made.bfloat16() if kind.keys == "bf16" else made).view(torch.uint8)
+        codes[cache.pages[:, 0], 0, 0] = found.bfloat16().view(torch.uint8) if stored.format.name == "bf16" else made
         for plane in scales:
             plane[cache.pages[:, 0], 0] = torch.tensor([1.0]).half().view(torch.uint8)
-        numbers.append(made.float())
+        numbers.append(found)
     place = (torch.arange(rows)[:, None] * heads + torch.arange(heads)) % 512
     queries = [torch.nn.functional.one_hot(place % len(row[0]), len(row[0])).float() for row in numbers]
     average, largest, total = raw(cache, (queries[0], queries[1]), kind, emulated)
@@ -248,7 +258,7 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
     for layer, names, group, count in (
         (LAYER, ("int8", "int8"), 16, 9),
         (LAYER, ("bf16", "int8"), 16, 1),
-        (LAYER, ("kv4", "int8"), 16, 1),
+        (LAYER, ("kv3", "int8"), 16, 1),
         (mla(128, 64), ("int8", "int8"), 16, 1),
         (Paged(LAYER.fields, window=20), ("int8", "int8"), 16, 1),
     ):
@@ -258,13 +268,13 @@ def test_what_has_no_kernel_here_is_tritons(emulated: Emulated) -> None:
         wanted = reference.attend(queries, cache.fields, 0.11, layer.window, step)
         assert float((run(cache, step, queries) - wanted).abs().max()) < 1e-4
     assert not emulated.launches
-    for name in ("int8", "bf16"):
-        both = formats(name, name)
+    for name, rope in ROPES.items():
+        both = formats(name, rope)
         assert [kind.keys for kind in paged.taken(LAYER, both)] == [name] * 2
         assert not paged.taken(Paged(LAYER.fields, window=20), both)
         assert not paged.taken(mla(256, 64), both)
         assert not paged.taken(Paged((Field("l", 1, 512, "both"), Field("r", 1, 32, "key"))), both)
-    assert not paged.taken(LAYER, formats("kv4", "int8"))
+    assert not paged.taken(LAYER, formats("kv3", "int8"))
     assert not paged.taken(LAYER, formats("bf16", "int8"))
 
 
@@ -274,7 +284,7 @@ def test_the_trial_before_its_first_use_passes(emulated: Emulated) -> None:
     assert emulated.grids == [(2, 2, 2), (2, 2, 1)] * len(kernel.LATENTS)
 
 
-SMALL = {code: kernel.Kind(code, 512, code, 2) for code in BOUNDS}
+SMALL = {code: kernel.Kind(code, 512, rope, 2) for code, rope in ROPES.items()}
 BROKEN = {
     "the order of values": ("int8", "movmatrix.sync.aligned.m8n8.trans.b16 ", "mov.b32 "),
     "the largest score": ("int8", "max.f32", "min.f32"),

@@ -57,15 +57,7 @@ __device__ __forceinline__ void decode_key(const u32* row, int i, u32* out) {
     out[1] = permuted(0xf6e1c9a8u, 0x58371f0au, select >> 16);
     return;
   }
-  const u32 codes = row[i];
-  u32 select = codes & 0x77777777u, half = ((codes >> 1) & 0x44444444u) | 0x32103210u;
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const u32 low = permuted(0xd0c2b198u, 0xfbf1e7dcu, select), high = permuted(0x24190f05u, 0x684f3e30u, select);
-    out[j] = permuted(low, high, half);
-    select >>= 16;
-    half >>= 16;
-  }
+  look_up(row[i], out);
 }
 
 // One code of each of two values, in bits 4-7 of both halves, to 1536 + level and -1536 + level, exactly: with

@@ -27,7 +27,7 @@ PAGE_TOKENS: Final = 32
 BITS: Final = {"kv3": 3, "kv4": 4, "int8": 8, "q4_0": 4, "q8_0": 8, "bf16": 16}
 BLOCK: Final = 32
 """Numbers of a block of q4_0 and q8_0."""
-_LATENT_FILES: Final = {"int8": "latent.cu", "bf16": "latent_bf16.cu"}
+_LATENT_FILES: Final = {"int8": "latent.cu", "kv4": "latent.cu", "bf16": "latent_bf16.cu"}
 _WARPS: Final = 4
 _RING: Final = 64
 """Tokens that latent_bf16.cu holds at a time."""
@@ -37,10 +37,10 @@ class Kind(NamedTuple):
     """What a kernel is compiled for."""
 
     keys: str
-    """Their code: kv4, kv3, int8, q8_0 or q4_0, or of latent ones int8 or bf16."""
+    """Their code: kv4, kv3, int8, q8_0 or q4_0, or of latent ones int8, kv4 or bf16."""
     dim: int
     values: str = "kv4"
-    """Their code: kv4 or kv3, q8_0 or q4_0 if keys are one of these, or that of latent keys, which they are."""
+    """Their code: kv4 or kv3, q8_0 or q4_0 if keys are one of these; or that of the rotary keys of latent rows."""
     tiles: int = 0
     """Of eight query rows that one block has, where rows are latent ones; else 0."""
 
@@ -82,13 +82,13 @@ class Kind(NamedTuple):
         """What the source leaves open."""
         whole = {"PAGE": PAGE_TOKENS, "SPAN": SPAN}
         if self.tiles:
-            return {"TILES": self.tiles, **whole}
+            return {"TILES": self.tiles, "KEY_BITS": BITS[self.keys], **whole}
         return {"DIM": self.dim, "KEY_BITS": BITS[self.keys], "VALUE_BITS": BITS[self.values], **whole}
 
     def __str__(self) -> str:
         """Name the rows."""
         if self.tiles:
-            return f"{8 * self.tiles} query rows of latent {self.keys} rows"
+            return f"{8 * self.tiles} query rows of latent {self.keys} rows and {self.values} rotary keys"
         return f"heads of {self.dim}, {self.keys} keys and {self.values} values"
 
 
@@ -106,7 +106,11 @@ BLOCKED: Final = tuple(
     for dim in (64, 128, 256)
 )
 GROUPED: Final = SCALED + BLOCKED
-LATENTS: Final = tuple(Kind(code, LATENT, code, tiles) for code in _LATENT_FILES for tiles in (2, 3))
+LATENTS: Final = tuple(
+    Kind(code, LATENT, rope, tiles)
+    for code, rope in (("int8", "int8"), ("kv4", "int8"), ("bf16", "bf16"))
+    for tiles in (2, 3)
+)
 KINDS: Final = GROUPED + LATENTS
 
 

@@ -79,6 +79,17 @@ __device__ __forceinline__ void load(u32* d, const unsigned char* at) {
                    : "l"(at + 4 * i));
   }
 }
+// Eight codes of 4 bits as the bytes that they stand for, which are selectors: see kernels/triton/codebook.py.
+__device__ __forceinline__ void look_up(u32 codes, u32* out) {
+  u32 select = codes & 0x77777777u, half = ((codes >> 1) & 0x44444444u) | 0x32103210u;
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    const u32 low = permuted(0xd0c2b198u, 0xfbf1e7dcu, select), high = permuted(0x24190f05u, 0x684f3e30u, select);
+    out[j] = permuted(low, high, half);
+    select >>= 16;
+    half >>= 16;
+  }
+}
 // What a thread has copied into shared memory since is a group; it waits for all groups but so many.
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS>

@@ -1,17 +1,18 @@
-// Attention of up to 8 TILES query rows over spans of latent rows and their rotary keys, both of 8 bits (int8): every
-// head reads the one row of a token, as key and as value.
+// Attention of up to 8 TILES query rows over spans of latent rows of 8 or 4 bits (int8, kv4) and their rotary keys of 8
+// (int8): every head reads the one row of a token, as key and as value.
 //
 // Four warps share a page: each has a quarter of the latent row's numbers, and brings them from memory to registers
-// once. There they are the second operand of scores, 32 bytes x 8 tokens, as they arrive, and, turned over by
-// movmatrix, the first operand of averages, 16 numbers x 16 tokens. What the quarters say of a score are integers; they
+// once, where codes of 4 bits become bytes. Those are the second operand of scores, 32 bytes x 8 tokens, as they are, and, turned
+// over by movmatrix, the first operand of averages, 16 numbers x 16 tokens. What the quarters say of a score are integers; they
 // are added up through shared memory by one warp for each eight query rows, which has their softmax. Its weights are
-// the second operand of averages as they are made. Compiled for compute capability 9.0 with TILES of 2 or 3, and PAGE
-// and SPAN, the tokens of a page and of a span.
+// the second operand of averages as they are made. Compiled for compute capability 9.0 with TILES of 2 or 3, KEY_BITS, and
+// PAGE and SPAN, the tokens of a page and of a span.
 //
 // Lane = 4 r + c. Of a page a lane loads bytes 16 c to 16 c + 15 of each 64 of tokens 4 r + i, and has the scores of
 // query row r with tokens 8 c + i and 8 c + 4 + i. What the text begins with is lanes.cu.
 
 constexpr int LATENT = 512, ROPE = 64, QUARTER = LATENT / WARPS, WORDS = QUARTER / 16, ROWS = 8 * TILES;
+constexpr int LINE = LATENT * KEY_BITS / 8, LOADS = KEY_BITS / 4;  // bytes of a row's codes, and loads of a lane's part
 constexpr u32 ABOVE = 0x00800080u, BELOW = 0x807f807fu;  // 128 * 2^-24 and -127 * 2^-24, twice
 constexpr float UNIT = 16777216;                         // 2^24
 
@@ -55,8 +56,13 @@ __device__ __forceinline__ uint2 in_bytes(const float* numbers, float units) {
                     permuted(permuted(x[0], x[1], 0x0040u), permuted(x[2], x[3], 0x0040u), 0x5410u));
 }
 
+// Column of a quarter where the q-th four numbers of lane c begin.
+__device__ __forceinline__ int column(int c, int q) {
+  return KEY_BITS == 8 ? 64 * (q / 4) + 16 * c + 4 * (q % 4) : 32 * c + 4 * q;
+}
+
 struct Page {
-  uint4 codes[4][2];            // of tokens 4 r + i, a quarter of a row
+  uint4 codes[4][LOADS];        // of tokens 4 r + i, a quarter of a row
   uint4 rope;                   // of token 4 r + warp
   uint4 scales, rope_scales;    // of tokens 8 c to 8 c + 7
 };
@@ -102,11 +108,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
     const i64 at = place(8 * j + r);
-    const float* numbers = query + at * LATENT + QUARTER * warp + 16 * c;
+    const float* numbers = query + at * LATENT + QUARTER * warp;
     const float* turned = rope_query + at * ROPE + 16 * c + 4 * warp;
     float most = 0, rope_most = largest_of(turned);
 #pragma unroll
-    for (int k = 0; k < 8; k++) most = fmaxf(most, largest_of(numbers + k / 4 * 64 + k % 4 * 4));
+    for (int k = 0; k < 8; k++) most = fmaxf(most, largest_of(numbers + column(c, k)));
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
       most = fmaxf(most, __shfl_xor_sync(ALL, most, step));
@@ -132,11 +138,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   for (int j = 0; j < TILES; j++) {
     const i64 at = place(8 * j + r);
     const float all = whole(8 * j + r), units = UNITS * (factor[at] / all), rope_units = UNITS * (rope_factor[at] / all);
-    const float* numbers = query + at * LATENT + QUARTER * warp + 16 * c;
+    const float* numbers = query + at * LATENT + QUARTER * warp;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const uint2 a = in_bytes(numbers + k / 2 * 64 + k % 2 * 8, units);
-      const uint2 b = in_bytes(numbers + k / 2 * 64 + k % 2 * 8 + 4, units);
+      const uint2 a = in_bytes(numbers + column(c, 2 * k), units);
+      const uint2 b = in_bytes(numbers + column(c, 2 * k + 1), units);
       queries[warp][j][k][lane] = make_uint4(a.x, a.y, b.x, b.y);
     }
     if (warp < 2) {
@@ -158,9 +164,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   }
   __syncthreads();
 
-  const unsigned char* code_at = latents + 4 * r * LATENT + QUARTER * warp + 16 * c;
+  const unsigned char* code_at = latents + 4 * r * LINE + LINE / WARPS * warp + 16 * c;
   const unsigned char* rope_at = ropes + (4 * r + warp) * ROPE + 16 * c;
-  const unsigned char *scale_at = latents + PAGE * LATENT + 16 * c, *rope_scale_at = ropes + PAGE * ROPE + 16 * c;
+  const unsigned char *scale_at = latents + PAGE * LINE + 16 * c, *rope_scale_at = ropes + PAGE * ROPE + 16 * c;
   // Pages are fewer than 2^31: half of each entry will do.
   const u32* table = (const u32*)(pages + (i64)row * width);
   auto read = [&](Page& page, int number) {
@@ -168,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-      for (int k = 0; k < 2; k++) page.codes[i][k] = load4(code_at + at + i * LATENT + 64 * k);
+      for (int k = 0; k < LOADS; k++) page.codes[i][k] = load4(code_at + at + i * LINE + 64 * k);
     page.rope = load4(rope_at + at);
     page.scales = load4(scale_at + at);
     page.rope_scales = load4(rope_scale_at + at);
@@ -193,11 +199,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 #pragma unroll
       for (int i = 0; i < 4; i++)
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-          code[i][4 * k] = page.codes[i][k].x;
-          code[i][4 * k + 1] = page.codes[i][k].y;
-          code[i][4 * k + 2] = page.codes[i][k].z;
-          code[i][4 * k + 3] = page.codes[i][k].w;
+        for (int k = 0; k < LOADS; k++) {
+          const u32 four[4] = {page.codes[i][k].x, page.codes[i][k].y, page.codes[i][k].z, page.codes[i][k].w};
+#pragma unroll
+          for (int q = 0; q < 4; q++)
+            if constexpr (KEY_BITS == 8)
+              code[i][4 * k + q] = four[q];
+            else
+              look_up(four[q], code[i] + 2 * q);
         }
 #pragma unroll
       for (int j = 0; j < TILES; j++) {
@@ -344,10 +353,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
         if (token_of(n) >= added) continue;
         const float raised = fmaxf(joined_top[n], tops[n]);
         const float old = power(joined_top[n] - raised), by_now = power(tops[n] - raised);
-        float* out = average + (first_out + place(n)) * LATENT + QUARTER * warp + 16 * (r / 2) + 2 * (r % 2);
+        float* out = average + (first_out + place(n)) * LATENT + QUARTER * warp + 2 * (r % 2);
 #pragma unroll
         for (int q = 0; q < WORDS; q++) {
-          float2* at = (float2*)(out + q / 4 * 64 + q % 4 * 4);
+          float2* at = (float2*)(out + column(r / 2, q));
           const float2 before = span ? *at : make_float2(0, 0);
           *at = make_float2(join(before.x, old, (mean[q][j][e] - offsets[n]) * UNIT, by_now),
                             join(before.y, old, (mean[q][j][e + 2] - offsets[n]) * UNIT, by_now));
