@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from kernels.cuda.ptx import Launch, Program
+from kernels.cuda.ptx import Launch, Program, Wrong
 
-from truekv.kernels.cuda import compiler, kernel, paged
+from truekv.kernels.cuda import compiler, kernel, paged, trial
 from truekv.kernels.reference import paged as reference
 
 if TYPE_CHECKING:
@@ -53,6 +53,15 @@ class Emulated:
 
 def run(cache: Cache, step: Step, queries: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return paged.attend(queries, cache.fields, 0.11, cache.layer.window, step)
+
+
+def tried(kind: kernel.Kind, text: str, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The error of other PTX in the trial of a kernel, NaN where it does what no device would do."""
+    monkeypatch.setattr(trial, "load", Emulated(text).load)
+    try:
+        return trial.error(kind, torch.device("cpu"))
+    except Wrong:
+        return float("nan")
 
 
 def drawn(cache: Cache, step: Step, heads: int) -> tuple[torch.Tensor, ...]:

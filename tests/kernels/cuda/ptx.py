@@ -125,16 +125,17 @@ class Launch:
         }
         self.registers: dict[str, Array] = {}
         self.memory = Memory([item for item in arguments if isinstance(item, torch.Tensor)])
-        self.shared = np.full((blocks, program.shared_bytes + shared_bytes), 0xFF, np.uint8)
+        # In twos of bytes, of which no kernel reads a part.
+        self.shared = np.full((blocks, (program.shared_bytes + shared_bytes) // 2), 0xFFFF, np.uint16)
         # How many barriers a block has had, and how often a warp has met, barriers included.
-        self.barriers, self.meetings = np.zeros(blocks, np.int64), np.zeros(self.size // 32, np.int64)
-        # The thread that wrote each byte, and after how many of both; -1 for bytes that nobody wrote.
-        self.writer, self.epoch, self.meeting = (np.full(self.shared.shape, -1, np.int64) for _ in range(3))
+        self.barriers, self.meetings = np.zeros(blocks, np.int32), np.zeros(self.size // 32, np.int32)
+        # The thread that wrote each, and after how many of both; -1 for what nobody wrote.
+        self.writer, self.epoch, self.meeting = (np.full(self.shared.shape, -1, np.int32) for _ in range(3))
         # The first and the last warp that read it since a barrier, and thread since a meeting of its warp.
-        self.readers = np.full((2, *self.shared.shape), -1, np.int64)
-        self.lanes = np.full((2, *self.shared.shape), -1, np.int64)
-        self.read, self.met = (np.full(self.shared.shape, -1, np.int64) for _ in range(2))
-        # What is under way: threads, the groups it belongs to, where it comes from, the bytes that it goes to.
+        self.readers = np.full((2, *self.shared.shape), -1, np.int32)
+        self.lanes = np.full((2, *self.shared.shape), -1, np.int32)
+        self.read, self.met = (np.full(self.shared.shape, -1, np.int32) for _ in range(2))
+        # What is under way: threads, the groups it belongs to, where it comes from, the places that it goes to.
         self.copies: list[tuple[Array, Array, Array, Array]] = []
         self.arriving = np.zeros(self.shared.shape, bool)
         self.group = np.zeros(self.size, np.int64)
@@ -302,7 +303,7 @@ class Launch:
                 block = self.block[which][:, None]
                 data = np.zeros((int(done.sum()), 16), np.uint8)
                 data[source[done] > 0] = self.memory.read(address, 16, which & (address > 0))
-                self.shared[block, at[done]] = data
+                self.shared[block, at[done]] = data.view(np.uint16)
                 self.arriving[block, at[done]] = False
                 self._written(block, at[done], which)
             if not done.all():
@@ -518,7 +519,7 @@ class Launch:
         block, warp, thread = (np.broadcast_to(item, at.shape) for item in (block, warp, thread))
         self._seen(self.readers, self.read, self.barriers[block], warp, (block, at))
         self._seen(self.lanes, self.met, self.meetings[warp], thread, (block, at))
-        return self.shared[block, at]
+        return self.shared[block, at].view(np.uint8)
 
     @staticmethod
     def _seen(ends: Array, since: Array, now: Array, who: Array, place: tuple[Array, Array]) -> None:
@@ -527,16 +528,17 @@ class Launch:
         anew = since[block, at] != now
         ends[:, block[anew], at[anew]] = who[anew]
         since[block, at] = now
-        np.minimum.at(ends[0], (block, at), who)
-        np.maximum.at(ends[1], (block, at), who)
+        # Threads are in order, and of a place that many read the last one stays.
+        ends[0][block[::-1], at[::-1]] = np.minimum(ends[0][block, at], who)[::-1]
+        ends[1][block, at] = np.maximum(ends[1][block, at], who)
 
     def _write_shared(self, address: Array, data: Array, mask: Array) -> None:
         block, at = self._in_shared(address, data.shape[1], mask)
         self._mark(block, at, mask)
-        self.shared[block, at] = data
+        self.shared[block, at] = np.ascontiguousarray(data).view(np.uint16)
 
     def _mark(self, block: Array, at: Array, mask: Array) -> None:
-        """See that bytes may be written, and by whom they are."""
+        """See that places may be written, and by whom they are."""
         thread, warp = np.flatnonzero(mask)[:, None], self.warp[mask][:, None]
         others = (self.readers[:, block, at] != warp).any(0)
         if (others & (self.read[block, at] == self.barriers[block])).any():
@@ -554,8 +556,8 @@ class Launch:
         self.meeting[block, at] = self.meetings[self.warp[mask]][:, None]
 
     def _in_shared(self, address: Array, size: int, mask: Array) -> tuple[Array, Array]:
-        at = address[mask][:, None] + np.arange(size)
-        if (at < 0).any() or (at >= self.shared.shape[1]).any() or (at[:, 0] % size).any():
+        at = address[mask][:, None] // 2 + np.arange(size // 2)
+        if size < 2 or (address[mask] % size).any() or (at < 0).any() or (at >= self.shared.shape[1]).any():
             raise Wrong("an address outside of shared memory, or not aligned")
         return self.block[mask][:, None], at
 

@@ -1,9 +1,9 @@
 // Attention of up to eight query rows over spans of one kv head's rows, which are those of codes.cu or of blocks.cu.
 //
 // Four warps take the pages of a span in turn. Query rows are the eight columns of both products, so a code is decoded
-// once for all of them. Compiled for compute capability 9.0 with DIM, KEY_BITS, VALUE_BITS, and PAGE and SPAN, the tokens
-// of a page and of a span. What the text begins with is lanes.cu and what defines Rows: how keys and values come from
-// memory, keys as the first operand of scores, values as that of averages.
+// once for all of them. Compiled for compute capability 9.0 with DIM, KEY_BITS, VALUE_BITS, and PAGE and SPAN, the
+// tokens of a page and of a span. What the text begins with is lanes.cu and what defines Rows: how keys and values come
+// from memory, keys as the first operand of scores, values as that of averages.
 //
 // Lane = 4 r + c has query rows 2 c and 2 c + 1 of what both products give.
 
@@ -217,7 +217,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
   for (int k = 0; k < DIM / 64; k++) {
     const int at = threadIdx.x + 32 * WARPS * k, slot = at / (DIM / 4), column = at % (DIM / 4) * 4;
     const int n = slot % 4 * 2 + slot / 4;
-    if (token_of(n) < added) *(float4*)(average + (first_out + place(n)) * DIM + column) = *(float4*)(joined[slot] + column);
+    if (token_of(n) < added)
+      *(float4*)(average + (first_out + place(n)) * DIM + column) = *(float4*)(joined[slot] + column);
   }
   if (const int slot = threadIdx.x; slot < 8) {
     const int n = slot % 4 * 2 + slot / 4;

@@ -1,12 +1,12 @@
-// Rows cut into blocks of 32 numbers with a scale each: q8_0 and q4_0 of formats/blocks.py, byte for byte. See attend.cu,
-// which reads them by what is defined here.
+// Rows cut into blocks of 32 numbers with a scale each: q8_0 and q4_0 of formats/blocks.py, byte for byte. See
+// attend.cu, which reads them by what is defined here.
 //
 // Blocks of 34 and 18 bytes start at even addresses, which no wide load takes, so a warp copies its page of keys, and
 // then of values, into shared memory as they are, 16 bytes at a time and past its registers: keys of the next page are
 // under way while values of this one are multiplied. Keys are integers of 8 bits, a block a product, whose sums are
-// exact before they meet its scale. Of values a power of two above each row's scales is its weight's factor, as if it had
-// one scale, and what a block has of it, exactly a half, is multiplied to the weights of that block's product. DIM is 64,
-// 128 or 256.
+// exact before they meet its scale. Of values a power of two above each row's scales is its weight's factor, as if it
+// had one scale, and what a block has of it, exactly a half, is multiplied to the weights of that block's product. DIM
+// is 64, 128 or 256.
 //
 // Numbers count as columns in storage order: 2 j and 2 j + 1 of a block of q4_0 are the low and the high nibble of byte
 // j, numbers j and j + 16; those of q8_0 are as they are.

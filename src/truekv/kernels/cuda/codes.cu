@@ -1,5 +1,5 @@
-// Rows of which each has one scale: values of 4 or 3 bits (kv4 and kv3 of formats/lm.py), keys of 4 or 3 bits likewise or
-// of 8 (int8). See attend.cu, which reads them by what is defined here.
+// Rows of which each has one scale: values of 4 or 3 bits (kv4 and kv3 of formats/lm.py), keys of 4 or 3 bits likewise
+// or of 8 (int8). See attend.cu, which reads them by what is defined here.
 //
 // A page's codes go from memory to registers once, in the order in which tensor cores want their first operand: keys as
 // 16 tokens x 32 columns of bytes, values as 16 columns x 16 tokens of halves. DIM is 64 (not for kv3), 128 or 256.
@@ -29,8 +29,8 @@ __device__ __forceinline__ void load_row(u32* d, const unsigned char* at) {
   else
     load<WORDS>(d, at);
 }
-// The i-th eight codes of a row of them as selectors of bytes: of four places in turn, the parts 0 and 4, 2 and 6, 1 and
-// 5, or 3 and 7.
+// The i-th eight codes of a row of them as selectors of bytes: of four places in turn, the parts 0 and 4, 2 and 6, 1
+// and 5, or 3 and 7.
 template <int WORDS>
 __device__ __forceinline__ u32 three_bits(const u32* row, int i) {
   const u32 two = row[(i % 4 < 2 ? 0 : WORDS / 3) + i / 4] >> (i % 2 * 2), third = row[WORDS / 3 * 2 + i / 4];

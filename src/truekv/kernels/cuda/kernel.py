@@ -72,9 +72,8 @@ class Kind(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What is compiled: what kernels share, how rows are read, then the file; complaints name the line of each."""
-        rows = () if self.tiles else ("blocks.cu" if self.blocks else "codes.cu",)
-        names = ("lanes.cu", *rows, self.file)
+        """What is compiled: what all kernels share, what some do, then the file; complaints name the line of each."""
+        names = ("lanes.cu", "latents.cu" if self.tiles else "blocks.cu" if self.blocks else "codes.cu", self.file)
         return "".join(f'#line 1 "{name}"\n{(_FOLDER / name).read_text()}' for name in names)
 
     @property

@@ -1,5 +1,5 @@
-// What the kernels of this folder have in common: one instruction of a warp's lanes each. Their texts are compiled as one;
-// nothing but PTX is included, so NVRTC needs no headers.
+// What the kernels of this folder have in common: one instruction of a warp's lanes each. Their texts are compiled as
+// one; nothing but PTX is included, so NVRTC needs no headers.
 
 typedef unsigned int u32;
 typedef unsigned short u16;

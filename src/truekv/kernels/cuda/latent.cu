@@ -2,16 +2,16 @@
 // (int8): every head reads the one row of a token, as key and as value.
 //
 // Four warps share a page: each has a quarter of the latent row's numbers, and brings them from memory to registers
-// once, where codes of 4 bits become bytes. Those are the second operand of scores, 32 bytes x 8 tokens, as they are, and, turned
-// over by movmatrix, the first operand of averages, 16 numbers x 16 tokens. What the quarters say of a score are integers; they
-// are added up through shared memory by one warp for each eight query rows, which has their softmax. Its weights are
-// the second operand of averages as they are made. Compiled for compute capability 9.0 with TILES of 2 or 3, KEY_BITS, and
-// PAGE and SPAN, the tokens of a page and of a span.
+// once, where codes of 4 bits become bytes. Those are the second operand of scores, 32 bytes x 8 tokens, as they are,
+// and, turned over by movmatrix, the first operand of averages, 16 numbers x 16 tokens. What the quarters say of a
+// score are integers; they are added up through shared memory by one warp for each eight query rows, which has their
+// softmax. Its weights are the second operand of averages as they are made. Compiled for compute capability 9.0 with
+// TILES of 2 or 3, KEY_BITS, and PAGE and SPAN, the tokens of a page and of a span.
 //
 // Lane = 4 r + c. Of a page a lane loads bytes 16 c to 16 c + 15 of each 64 of tokens 4 r + i, and has the scores of
-// query row r with tokens 8 c + i and 8 c + 4 + i. What the text begins with is lanes.cu.
+// query row r with tokens 8 c + i and 8 c + 4 + i. What the text begins with is lanes.cu and latents.cu.
 
-constexpr int LATENT = 512, ROPE = 64, QUARTER = LATENT / WARPS, WORDS = QUARTER / 16, ROWS = 8 * TILES;
+constexpr int WORDS = QUARTER / 16;
 constexpr int LINE = LATENT * KEY_BITS / 8, LOADS = KEY_BITS / 4;  // bytes of a row's codes, and loads of a lane's part
 constexpr u32 ABOVE = 0x00800080u, BELOW = 0x807f807fu;  // 128 * 2^-24 and -127 * 2^-24, twice
 constexpr float UNIT = 16777216;                         // 2^24
@@ -86,28 +86,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   __shared__ int2 rope_parts[TILES][4][32];
   __shared__ uint4 weights[TILES][32];
   __shared__ __align__(16) float olds[ROWS], offsets[ROWS];  // read in twos
-  __shared__ float joined_top[ROWS], joined_sum[ROWS], tops[ROWS], sums[ROWS];
+  __shared__ Joined joined;
   __shared__ int raised_any[TILES];
   __shared__ float mosts[WARPS][ROWS], rope_mosts[WARPS][ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const int row = blockIdx.y, first_row = blockIdx.x * ROWS;
+  const int row = blockIdx.y;
   const int start = (int)position[row], added = (int)count[row];
-  // Query row n of the block: head (first_row + n) % heads of token (first_row + n) / heads. Rows beyond those of the
-  // last token are its rows again, and are not written.
-  auto token_of = [&](int n) { return (first_row + n) / heads; };
-  auto place = [&](int n) {
-    const int token = token_of(n);
-    return gather[(i64)row * longest + smaller(token, added - 1)] * heads + first_row + n - token * heads;
-  };
-  if (token_of(0) >= added) return;
-  const int seen_by_any = start + smaller(added, token_of(ROWS - 1) + 1), seen_by_all = (start + token_of(0) + 1) / PAGE;
+  const Asked asked = {gather + (i64)row * longest, (int)blockIdx.x * ROWS, heads, added};
+  if (asked.token(0) >= added) return;
+  const int seen_by_any = start + smaller(added, asked.token(ROWS - 1) + 1);
+  const int seen_by_all = (start + asked.token(0) + 1) / PAGE;
   if ((int)blockIdx.z * each * SPAN >= seen_by_any) return;
 
   // A query's two parts in units of one number, which makes the largest of both the largest integer of 16 bits, or less
   // by a bit. It is not 0, because minus infinity times it is to be minus infinity; and what is no number stays none.
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
-    const i64 at = place(8 * j + r);
+    const i64 at = asked.place(8 * j + r);
     const float* numbers = query + at * LATENT + QUARTER * warp;
     const float* turned = rope_query + at * ROPE + 16 * c + 4 * warp;
     float most = 0, rope_most = largest_of(turned);
@@ -131,13 +126,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
       most = fmaxf(most, mosts[w][n]);
       rope_most = fmaxf(rope_most, rope_mosts[w][n]);
     }
-    const float all = factor[place(n)] * most + rope_factor[place(n)] * rope_most;
+    const float all = factor[asked.place(n)] * most + rope_factor[asked.place(n)] * rope_most;
     return all < 1e-37f ? 1e-37f : all;
   };
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
-    const i64 at = place(8 * j + r);
-    const float all = whole(8 * j + r), units = UNITS * (factor[at] / all), rope_units = UNITS * (rope_factor[at] / all);
+    const i64 at = asked.place(8 * j + r);
+    const float all = whole(8 * j + r);
+    const float units = UNITS * (factor[at] / all), rope_units = UNITS * (rope_factor[at] / all);
     const float* numbers = query + at * LATENT + QUARTER * warp;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -156,12 +152,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   int seen = 0;
   if (warp < TILES) {
     by = whole(8 * warp + r) * (1 / UNITS);
-    seen = start + smaller(token_of(8 * warp + r), added - 1);
+    seen = start + smaller(asked.token(8 * warp + r), added - 1);
   }
-  if (threadIdx.x < ROWS) {
-    joined_top[threadIdx.x] = LOWEST;
-    joined_sum[threadIdx.x] = 0;
-  }
+  joined.begin();
   __syncthreads();
 
   const unsigned char* code_at = latents + 4 * r * LINE + LINE / WARPS * warp + 16 * c;
@@ -338,8 +331,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
       sum += __shfl_xor_sync(ALL, sum, 1);
       sum += __shfl_xor_sync(ALL, sum, 2);
       if (c == 0) {
-        tops[8 * warp + r] = top;
-        sums[8 * warp + r] = sum;
+        joined.top[8 * warp + r] = top;
+        joined.sum[8 * warp + r] = sum;
       }
       // All rows of this product are alike.
       if (r == 0) *(float2*)(offsets + 8 * warp + 2 * c) = make_float2(offset[0], offset[1]);
@@ -350,29 +343,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int n = 8 * j + 2 * c + e;
-        if (token_of(n) >= added) continue;
-        const float raised = fmaxf(joined_top[n], tops[n]);
-        const float old = power(joined_top[n] - raised), by_now = power(tops[n] - raised);
-        float* out = average + (first_out + place(n)) * LATENT + QUARTER * warp + 2 * (r % 2);
+        if (asked.token(n) >= added) continue;
+        const float2 share = joined.shares(n);
+        float* out = average + (first_out + asked.place(n)) * LATENT + QUARTER * warp + 2 * (r % 2);
 #pragma unroll
         for (int q = 0; q < WORDS; q++) {
           float2* at = (float2*)(out + column(r / 2, q));
           const float2 before = span ? *at : make_float2(0, 0);
-          *at = make_float2(join(before.x, old, (mean[q][j][e] - offsets[n]) * UNIT, by_now),
-                            join(before.y, old, (mean[q][j][e + 2] - offsets[n]) * UNIT, by_now));
+          *at = make_float2(join(before.x, share.x, (mean[q][j][e] - offsets[n]) * UNIT, share.y),
+                            join(before.y, share.x, (mean[q][j][e + 2] - offsets[n]) * UNIT, share.y));
         }
       }
-    // What was left is read before the next span's is written.
-    __syncthreads();
-    if (const int n = threadIdx.x; n < ROWS) {
-      const float raised = fmaxf(joined_top[n], tops[n]);
-      joined_sum[n] = join(joined_sum[n], power(joined_top[n] - raised), sums[n], power(tops[n] - raised));
-      joined_top[n] = raised;
-    }
+    joined.add();
   }
-
-  if (const int n = threadIdx.x; n < ROWS && token_of(n) < added) {
-    largest[first_out + place(n)] = joined_top[n];
-    total[first_out + place(n)] = joined_sum[n];
-  }
+  joined.leave(largest, total, first_out, asked);
 }

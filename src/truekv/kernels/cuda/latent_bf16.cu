@@ -1,18 +1,19 @@
 // Attention of up to 8 TILES query rows over spans of latent rows and their rotary keys, both of bf16: every head reads
 // the one row of a token, as key and as value.
 //
-// Sixteen tokens at a time are copied into a ring of shared memory, three of which are under way while one is read, across
-// the ends of spans. Four warps share them: each has a quarter of the latent row's numbers and of the rotary key's. Tokens
-// are the first operand of scores as they lie there, and turned over, on the way to registers, that of averages. The
-// quarters' scores are added up through shared memory, in the order of the quarters, by one warp for each eight query rows,
-// which has their softmax. Compiled for compute capability 9.0 with TILES of 2 or 3, and PAGE and SPAN, the tokens of a page
-// and of a span.
+// Sixteen tokens at a time are copied into a ring of shared memory, three of which are under way while one is read,
+// across the ends of spans. Four warps share them: each has a quarter of the latent row's numbers and of the rotary
+// key's. Tokens are the first operand of scores as they lie there, and turned over, on the way to registers, that of
+// averages. The quarters' scores are added up through shared memory, in the order of the quarters, by one warp for each
+// eight query rows, which has their softmax. Compiled for compute capability 9.0 with TILES of 2 or 3, and PAGE and
+// SPAN, the tokens of a page and of a span.
 //
-// Lane = 4 r + c has tokens r and r + 8 of scores of query rows 2 c and 2 c + 1. What the text begins with is lanes.cu.
+// Lane = 4 r + c has tokens r and r + 8 of scores of query rows 2 c and 2 c + 1. What the text begins with is lanes.cu
+// and latents.cu.
 
-constexpr int LATENT = 512, ROPE = 64, QUARTER = LATENT / WARPS, WIDTH = QUARTER / 16, ROWS = 8 * TILES;
-constexpr int STEP = 16, STAGES = 4;                    // tokens that are read at a time, and of the ring so many times that
-constexpr int LINE = 2 * (LATENT + ROPE) + 16;          // bytes from token to token: eight lie four banks apart
+constexpr int WIDTH = QUARTER / 16;
+constexpr int STEP = 16, STAGES = 4;            // tokens that are read at a time; the ring has so many times that
+constexpr int LINE = 2 * (LATENT + ROPE) + 16;  // bytes from token to token: eight lie four banks apart
 constexpr int STAGE = STEP * LINE;
 
 extern __shared__ __align__(16) unsigned char held[];  // STAGES * STAGE
@@ -59,20 +60,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   __shared__ float4 parts[WARPS][TILES][32];
   __shared__ uint4 weights[TILES][32];
   __shared__ __align__(8) float olds[ROWS];  // read in twos
-  __shared__ float joined_top[ROWS], joined_sum[ROWS], tops[ROWS], sums[ROWS];
+  __shared__ Joined joined;
   __shared__ int raised_any[TILES];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  const int row = blockIdx.y, first_row = blockIdx.x * ROWS;
+  const int row = blockIdx.y;
   const int start = (int)position[row], added = (int)count[row];
-  // Query row n of the block: head (first_row + n) % heads of token (first_row + n) / heads. Rows beyond those of the
-  // last token are its rows again, and are not written.
-  auto token_of = [&](int n) { return (first_row + n) / heads; };
-  auto place = [&](int n) {
-    const int token = token_of(n);
-    return gather[(i64)row * longest + smaller(token, added - 1)] * heads + first_row + n - token * heads;
-  };
-  if (token_of(0) >= added) return;
-  const int seen_by_any = start + smaller(added, token_of(ROWS - 1) + 1), seen_by_all = (start + token_of(0) + 1) / STEP;
+  const Asked asked = {gather + (i64)row * longest, (int)blockIdx.x * ROWS, heads, added};
+  if (asked.token(0) >= added) return;
+  const int seen_by_any = start + smaller(added, asked.token(ROWS - 1) + 1);
+  const int seen_by_all = (start + asked.token(0) + 1) / STEP;
   const int first = (int)blockIdx.z * each * SPAN, beyond = smaller(first + each * SPAN, seen_by_any);
   if (first >= beyond) return;
 
@@ -80,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   u32 queries[TILES][WIDTH][2], rope_queries[TILES][2];
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
-    const i64 at = place(8 * j + r);
+    const i64 at = asked.place(8 * j + r);
     const float* numbers = query + at * LATENT + QUARTER * warp + 2 * c;
     const float* turned = rope_query + at * ROPE + 16 * warp + 2 * c;
     const float units = rope_factor[at] / factor[at];
@@ -99,16 +95,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int n = 8 * warp + 2 * c + i;
-      by[i] = factor[place(n)];
+      by[i] = factor[asked.place(n)];
       // Not 0, because minus infinity times it is to be minus infinity; and what is no number stays none.
       if (by[i] < 1e-37f) by[i] = 1e-37f;
-      seen[i] = start + smaller(token_of(n), added - 1);
+      seen[i] = start + smaller(asked.token(n), added - 1);
     }
   }
-  if (threadIdx.x < ROWS) {
-    joined_top[threadIdx.x] = LOWEST;
-    joined_sum[threadIdx.x] = 0;
-  }
+  joined.begin();
 
   // Pages are fewer than 2^31: half of each entry will do.
   const u32* table = (const u32*)(pages + (i64)row * width);
@@ -131,7 +124,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
   };
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) fetch(first / STEP + i);
-  // Matrices of scores are tokens 0-7 and 8-15 of eight numbers and of the next eight; turned over, the other way round.
+  // Matrices of scores are tokens 0-7 and 8-15 of eight numbers and of the next eight; turned over, the other way
+  // round.
   const u32 keys_at = base + lane % 16 * LINE + 2 * QUARTER * warp + lane / 16 * 16;
   const u32 ropes_at = base + lane % 16 * LINE + 2 * LATENT + 32 * warp + lane / 16 * 16;
   const u32 values_at = base + (lane % 8 + lane / 16 * 8) * LINE + 2 * QUARTER * warp + lane / 8 % 2 * 16;
@@ -254,8 +248,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 #pragma unroll
         for (int other = 4; other < 32; other *= 2) sum[i] += __shfl_xor_sync(ALL, sum[i], other);
         if (r == 0) {
-          tops[8 * warp + 2 * c + i] = top[i];
-          sums[8 * warp + 2 * c + i] = sum[i];
+          joined.top[8 * warp + 2 * c + i] = top[i];
+          joined.sum[8 * warp + 2 * c + i] = sum[i];
         }
       }
     }
@@ -265,29 +259,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int n = 8 * j + 2 * c + e;
-        if (token_of(n) >= added) continue;
-        const float raised = fmaxf(joined_top[n], tops[n]);
-        const float old = power(joined_top[n] - raised), by_now = power(tops[n] - raised);
-        float* out = average + (first_out + place(n)) * LATENT + QUARTER * warp + r;
+        if (asked.token(n) >= added) continue;
+        const float2 share = joined.shares(n);
+        float* out = average + (first_out + asked.place(n)) * LATENT + QUARTER * warp + r;
 #pragma unroll
         for (int m = 0; m < WIDTH; m++)
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             float* at = out + 16 * m + 8 * i;
-            *at = join(low == first ? 0 : *at, old, mean[m][j][e + 2 * i], by_now);
+            *at = join(low == first ? 0 : *at, share.x, mean[m][j][e + 2 * i], share.y);
           }
       }
-    // What was left is read before the next span's is written.
-    __syncthreads();
-    if (const int n = threadIdx.x; n < ROWS) {
-      const float raised = fmaxf(joined_top[n], tops[n]);
-      joined_sum[n] = join(joined_sum[n], power(joined_top[n] - raised), sums[n], power(tops[n] - raised));
-      joined_top[n] = raised;
-    }
+    joined.add();
   }
-
-  if (const int n = threadIdx.x; n < ROWS && token_of(n) < added) {
-    largest[first_out + place(n)] = joined_top[n];
-    total[first_out + place(n)] = joined_sum[n];
-  }
+  joined.leave(largest, total, first_out, asked);
 }
