@@ -133,6 +133,23 @@ def test_scales_of_any_size_beside_others(which: int, size: float, emulated: Emu
     assert torch.isfinite(got).all()
 
 
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e25])
+def test_scores_of_any_size_of_bf16(size: float, emulated: Emulated) -> None:
+    """One key has all the weight: the one that is best in float64."""
+    cache = cached("bf16", [70])
+    step = cache.step([1])
+    queries = tuple((query * size).bfloat16().float() for query in cache.queries(step, 10))
+    rows = [
+        reference.planes(item)[0][cache.pages[0]].view(torch.bfloat16).double().flatten(0, 2)[:70]
+        for item in cache.fields
+    ]
+    score = sum(query[0].double() @ row.T for query, row in zip(queries, rows, strict=True))
+    got = run(cache, step, queries)[0].double()
+    best = rows[0][score.argmax(-1)]
+    assert float((got - best).abs().max()) < 1e-3 * float(best.abs().max())
+    assert emulated.launches == 1
+
+
 @pytest.mark.parametrize(("latent", "rope"), [(1.0, 0.0), (0.0, 1.0), (1e-20, 1.0), (30.0, 1e-4), (0.0, 0.0)])
 def test_queries_of_any_two_sizes(latent: float, rope: float, code: str, emulated: Emulated) -> None:
     cache = cached(code, [70])

@@ -120,7 +120,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, DIM <= 128 ? 3 : 2)
               if (token > last[i] || token < first[i]) score[t][2 * u + i] = nothing;
           }
       }
-      // What enters the second product are weights times scales: at most 2^15, a half's largest power of two.
+      // What enters the second product are weights times scales: at most 2^15, a half's largest power of two, unless
+      // scores are beyond 2^24.
       float raised[2] = {top[0], top[1]};
 #pragma unroll
       for (int t = 0; t < 2; t++)

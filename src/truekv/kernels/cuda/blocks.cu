@@ -5,8 +5,8 @@
 // then of values, into shared memory as they are, 16 bytes at a time and past its registers: keys of the next page are
 // under way while values of this one are multiplied. Keys are integers of 8 bits, a block a product, whose sums are
 // exact before they meet its scale. Of values a power of two above each row's scales is its weight's factor, as if it
-// had one scale, and what a block has of it, exactly a half, is multiplied to the weights of that block's product. DIM
-// is 64, 128 or 256.
+// had one scale, and what a block has of it, a half, exactly down to 2^-14, is multiplied to the weights of that
+// block's product. DIM is 64, 128 or 256.
 //
 // Numbers count as columns in storage order: 2 j and 2 j + 1 of a block of q4_0 are the low and the high nibble of byte
 // j, numbers j and j + 16; those of q8_0 are as they are.

@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
               if (token > smaller(seen, end - 1)) score[i][e] = __int_as_float(0xff800000);
             }
             // What enters the second product are weights times scales: at most 2^14, and twice that where scores are so
-            // large that they are rounded to whole numbers.
+            // large that they are rounded to whole numbers, up to 2^25.
             raised = fmaxf(raised, fmaf(score[i][e], by, logarithm(fmaxf(scale[i][e], SMALLEST))));
           }
         }
