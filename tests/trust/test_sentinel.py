@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,10 @@ def test_unrotated_blocks_are_too_coarse_for_hard_keys() -> None:
     bench.play(sentinel)
     found = only(sentinel, "error")
     assert "k" in {finding.field for finding in sentinel.findings}
+    # However close they are, the two figures are told apart.
+    for item in sentinel.findings:
+        ((error, limit),) = re.findall(r"error of (\S+), more than the (\S+) that", item.sentence)
+        assert float(error) > float(limit)
     # Nothing was measured for such rows, so measuring again is no remedy.
     assert "calibrate" not in found.sentence
 

@@ -272,12 +272,14 @@ class Sentinel:
         limit = error_limit(item.format, item.field.dim)
         # Clipped and broken rows have a large error too, but another cure.
         if found.error > limit and not found.broken and found.saturated <= SATURATION:
+            # As many digits as tell the one from the other.
+            digits = next((one for one in range(2, 9) if f"{found.error:.{one}g}" != f"{limit:.{one}g}"), 9)
             again = "measure its frame again with 'truekv calibrate', or " if item.frame.scale is not None else ""
             yield Finding(
                 "error",
                 "warning",
-                f"{where} comes back from {name} with a relative error of {found.error:.2g}, more than the {limit:.2g} "
-                f"that its codes are good for: {again}use --kv-cache-map {index}=bf16",
+                f"{where} comes back from {name} with a relative error of {found.error:.{digits}g}, more than the "
+                f"{limit:.{digits}g} that its codes are good for: {again}use --kv-cache-map {index}=bf16",
                 everyone,
                 *place,
                 found.error,
