@@ -177,14 +177,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
           const float4 part = parts[w][warp][lane];
           whole = make_float4(whole.x + part.x, whole.y + part.y, whole.z + part.z, whole.w + part.w);
         }
-        float sums_of[4] = {whole.x, whole.y, whole.z, whole.w}, raised[2] = {top[0], top[1]};
+        float scores[4] = {whole.x, whole.y, whole.z, whole.w}, raised[2] = {top[0], top[1]};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           if (step >= seen_by_all && step * STEP + r + i / 2 * 8 > smaller(seen[i % 2], end - 1))
-            sums_of[i] = __int_as_float(0xff800000);
+            scores[i] = __int_as_float(0xff800000);
           // Rounded once, so that of scores of any size the largest weight is 2^15.
-          sums_of[i] = __fmul_rn(sums_of[i], by[i % 2]);
-          raised[i % 2] = fmaxf(raised[i % 2], sums_of[i]);
+          scores[i] = __fmul_rn(scores[i], by[i % 2]);
+          raised[i % 2] = fmaxf(raised[i % 2], scores[i]);
         }
         const bool higher = __any_sync(ALL, raised[0] > top[0] || raised[1] > top[1]);
         if (higher) {
@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
         float weight[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          weight[i] = power(sums_of[i] - top[i % 2] + 15.0f);
+          weight[i] = power(scores[i] - top[i % 2] + 15.0f);
           sum[i % 2] += weight[i];
         }
         // What bf16 leaves of a weight is a second one.
